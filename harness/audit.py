@@ -1,0 +1,96 @@
+"""Audit: the full-size architecture against the published parameter counts and the recipe's blocks.
+
+By arithmetic alone. A forward pass never shows a dimension that a block size does not divide: ModelOpt
+zero-pads it without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from harness.architecture import Architecture
+from harness.finding import Finding, Severity
+from harness.inventory import Counts, counts
+from harness.layout import Layout
+from harness.recipes import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """Parameter counts at full size, and what is wrong with them or with the recipe's blocks."""
+
+    counts: Counts
+    published: Mapping[str, int]
+    findings: tuple[Finding, ...]
+
+
+def audit(
+    architecture: Architecture, params: Mapping[str, Any] | None, layout: Layout, recipe: Recipe | None
+) -> Audit:
+    """Audit one architecture. ``params`` are the published counts, None where nothing is published."""
+    counted = counts(architecture)
+    published = {key: params[key] for key in ("total", "active") if isinstance((params or {}).get(key), int)}
+    findings = [*_counts(architecture, counted, published, params is not None)]
+    if recipe is not None:
+        findings.extend(_blocks(architecture, layout, recipe))
+    return Audit(counted, published, tuple(findings))
+
+
+def _counts(
+    architecture: Architecture, counted: Counts, published: Mapping[str, int], has_facts: bool
+) -> Iterator[Finding]:
+    for key, actual in (("total", counted.total), ("active", counted.active)):
+        if key in published and published[key] != actual:
+            difference = actual - published[key]
+            yield Finding(
+                "audit",
+                Severity.ERROR,
+                f"{key} parameters: {published[key]:,} published, {actual:,} in this preset "
+                f"({difference:+,}, {difference / published[key]:+.2%})",
+                expected=published[key],
+                actual=actual,
+            )
+    if has_facts and "total" not in published:
+        yield Finding(
+            "audit",
+            Severity.WARNING,
+            f"no parameter count is published: {counted.total:,} could not be checked",
+            actual=counted.total,
+        )
+
+
+def _blocks(architecture: Architecture, layout: Layout, recipe: Recipe) -> Iterator[Finding]:
+    """A warning for each input dimension, per rank, that a block size of the recipe does not divide."""
+    for dest, size, ranks, role in _input_dimensions(architecture, layout):
+        for block in recipe.block_sizes:
+            if size % ranks == 0 and size // ranks % block:
+                per_rank = f"{size} / {ranks} = {size // ranks}" if ranks > 1 else f"{size}"
+                yield architecture.arguments.finding(
+                    dest,
+                    f"{role} takes {per_rank} inputs, not a multiple of {block}: {recipe.name} pads its last "
+                    "block with zeros, and the forward pass does not show it",
+                    stage="audit",
+                    severity=Severity.WARNING,
+                    expected=f"a multiple of {block}",
+                    actual=size // ranks,
+                )
+
+
+def _input_dimensions(architecture: Architecture, layout: Layout) -> Iterator[tuple[str, int, int, str]]:
+    """(argument, full size, ranks it is split over, role) for every quantized matrix's inputs."""
+    yield "hidden_size", architecture.hidden_size, 1, "linear_qkv"
+    yield "kv_channels", architecture.attention.query_width, layout.tp, "linear_proj"
+    dense, moe = architecture.dense, architecture.moe
+    if dense is not None:
+        yield "ffn_hidden_size", dense.ffn_hidden_size, layout.tp, "linear_fc2"
+    if moe is not None:
+        yield "moe_ffn_hidden_size", moe.expert.ffn_hidden_size, layout.etp, "an expert's linear_fc2"
+        if moe.shared is not None:
+            yield (
+                "moe_shared_expert_intermediate_size",
+                moe.shared.ffn_hidden_size,
+                layout.tp,
+                "the shared expert's linear_fc2",
+            )

@@ -1,0 +1,265 @@
+"""Build: an architecture -> a small Megatron model, and its parameters compared with the inventory.
+
+The same path as Megatron-LM's ``examples/post_training/modelopt/quantize.py``: the arguments become a
+TransformerConfig through Megatron's own function, and the model is made from ModelOpt's layer specs as
+``megatron/post_training/model_builder.py`` (core_v0.19.0) makes it. Whatever differs stands in
+``OVERRIDES``, with a reason. What Megatron raises comes through untouched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from harness.errors import UsageError
+from harness.finding import Finding, Severity
+from harness.layout import Layout
+from harness.standins import no_transformer_engine
+from harness.standins.output import quiet_imports
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from harness.architecture import Architecture
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """An argument that a case sets itself, whatever the preset says, and why that is right."""
+
+    dest: str
+    value: Callable[[Layout], Any]
+    reason: str
+    applies: Callable[[torch.device], bool] = lambda device: True
+
+
+def _always(value: Any) -> Callable[[Layout], Any]:
+    return lambda layout: value
+
+
+_ONE_RANK = "the layout is an axis of the case"
+_BF16 = "every case runs in bf16, as the ModelOpt examples do"
+_NEEDS_TE = "the fused kernel is Transformer Engine's; the plain one computes the same"
+
+OVERRIDES: tuple[Override, ...] = (
+    Override("tensor_model_parallel_size", lambda layout: layout.tp, _ONE_RANK),
+    Override("pipeline_model_parallel_size", lambda layout: layout.pp, _ONE_RANK),
+    Override("context_parallel_size", lambda layout: layout.cp, _ONE_RANK),
+    Override("expert_model_parallel_size", lambda layout: layout.ep, _ONE_RANK),
+    Override("expert_tensor_parallel_size", lambda layout: layout.etp, _ONE_RANK),
+    Override(
+        "sequence_parallel",
+        lambda layout: layout.tp > 1,
+        "quantize.sh asks for it, and Megatron drops it where tensor parallelism is one",
+    ),
+    Override("bf16", _always(True), _BF16),
+    Override("fp16", _always(False), _BF16),
+    Override("params_dtype", _always(torch.bfloat16), _BF16),
+    Override("moe_grouped_gemm", _always(False), "quantize.py turns it off before it builds"),
+    Override(
+        "perform_initialization",
+        _always(False),
+        "every parameter is filled by build_model, the same on every device",
+    ),
+    Override(
+        "gradient_accumulation_fusion",
+        _always(False),
+        "only the backward pass uses it, it needs Apex, and ModelOpt turns it off",
+    ),
+    Override("apply_rope_fusion", _always(False), _NEEDS_TE, no_transformer_engine),
+    Override("moe_permute_fusion", _always(False), _NEEDS_TE, no_transformer_engine),
+    Override("moe_router_fusion", _always(False), _NEEDS_TE, no_transformer_engine),
+    Override(
+        "masked_softmax_fusion",
+        _always(False),
+        "the fused kernel is Apex's, for CUDA; the plain softmax computes the same",
+        no_transformer_engine,
+    ),
+)
+
+# What the real builder can build and this one cannot, yet: argument, value of a model it can.
+_NOT_YET: Mapping[str, Any] = {
+    "export_model_type": "GPTModel",
+    "multi_latent_attention": False,
+    "mtp_num_layers": None,
+    "heterogeneous_layers_config_path": None,
+    "hybrid_layer_pattern": None,
+    "export_offline_model": False,
+    "export_default_te_spec": False,
+    "spec": None,
+}
+
+
+def transformer_config(
+    arguments: Mapping[str, Any], layout: Layout, device: torch.device
+) -> TransformerConfig:
+    """Megatron's config of a model of any size; allocates nothing and needs no open world.
+
+    ``arguments`` are Megatron's effective ones by argparse name. Megatron's own validation runs, and
+    what it raises comes through. Raises UsageError for a kind of model that is not supported yet.
+    """
+    for dest, supported in _NOT_YET.items():
+        if arguments.get(dest, supported) != supported:
+            raise UsageError(f"{dest}={arguments[dest]!r} is not supported yet")
+    with quiet_imports():
+        from megatron.training.argument_utils import core_transformer_config_from_args
+
+    namespace = _namespace(arguments, layout, device)
+    config: TransformerConfig = core_transformer_config_from_args(namespace)
+    if namespace.enable_gpt_oss:
+        for name, value in _GPT_OSS_YARN.items():
+            setattr(config, name, value)
+    # The spec and the experts read these off the config; Megatron has no flags for them but ModelOpt's.
+    config.qk_l2_norm = namespace.export_qk_l2_norm
+    config.moe_apply_probs_on_input = namespace.export_moe_apply_probs_on_input
+    return config
+
+
+# model_builder.py sets these after the config is made, from the published gpt-oss configurations.
+_GPT_OSS_YARN: Mapping[str, Any] = {
+    "position_embedding_type": "yarn",
+    "yarn_rotary_scaling_factor": 32.0,
+    "yarn_original_max_position_embeddings": 131072,
+    "yarn_beta_fast": 32.0,
+    "yarn_beta_slow": 1.0,
+    "yarn_mscale": 1.0,
+    "yarn_mscale_all_dim": 0.0,
+    "yarn_correction_range_round_to_int": False,
+}
+
+
+def _namespace(arguments: Mapping[str, Any], layout: Layout, device: torch.device) -> argparse.Namespace:
+    """The arguments as Megatron's own parser would leave them, overrides applied."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    values = dict(arguments)
+    for field in dataclasses.fields(TransformerConfig):
+        value = values.get(field.name)
+        if isinstance(field.default, Enum) and isinstance(value, str):
+            values[field.name] = type(field.default)[value]
+        elif isinstance(value, tuple):
+            values[field.name] = list(value)  # Megatron tests for list
+    for override in OVERRIDES:
+        if override.applies(device):
+            values[override.dest] = override.value(layout)
+    return argparse.Namespace(**values)
+
+
+def build_model(
+    architecture: Architecture, layout: Layout, device: torch.device, seed: int = 1234
+) -> GPTModel:
+    """The model in bf16 and eval mode on ``device``, weights set by ``seed`` alone.
+
+    Call it inside ``standins.installed`` and ``open_world``; the model must not outlive them.
+    """
+    with quiet_imports():
+        from megatron.core.models.gpt import GPTModel
+        from megatron.core.post_training.modelopt.gpt.model_specs import get_gpt_modelopt_spec
+
+    arguments = architecture.arguments.values
+    config = transformer_config(arguments, layout, device)
+    spec = get_gpt_modelopt_spec(
+        config=config,
+        # Context parallelism needs Transformer Engine's attention, whatever the arguments say.
+        local_core_attention=layout.cp == 1 and arguments["export_force_local_attention"],
+        remap_te_layernorm=True,  # quantize.sh passes --export-te-mcore-model
+        real_quant_cfg=arguments["export_real_quant_cfg"],
+        use_arbitrary_attention_mask=False,
+    )
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=architecture.padded_vocab_size,
+        max_sequence_length=architecture.max_position_embeddings,
+        fp16_lm_cross_entropy=arguments["fp16_lm_cross_entropy"],
+        parallel_output=True,
+        share_embeddings_and_output_weights=not arguments["untie_embeddings_and_output_weights"],
+        position_embedding_type=arguments["position_embedding_type"],
+        rotary_percent=arguments["rotary_percent"],
+        rotary_base=arguments["rotary_base"],
+        rope_scaling=arguments["use_rope_scaling"],
+    )
+    # Megatron's get_model moves the model to the device and wraps it in Float16Module, which does this.
+    model = model.to(device).bfloat16().eval()
+    fill_parameters(model, seed)
+    return model
+
+
+def fill_parameters(model: GPTModel, seed: int) -> None:
+    """Set every parameter from its name and ``seed``: the same numbers on every device.
+
+    Matrices are normal with variance 1 / inputs, embeddings normal with variance 1, so that each
+    layer moves the residual stream about as much as it holds, whatever the width: with Megatron's
+    own 0.02 a shrunken layer hardly shows in the output, and an error in it would not either. Norm
+    factors are spread around one and biases around zero, so that leaving one out shows.
+    """
+    norm_factor = 0.0 if model.config.layernorm_zero_centered_gamma else 1.0
+    generator = torch.Generator()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+            generator.manual_seed(int.from_bytes(digest) >> 1)
+            values = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                values = values * 0.1 + (norm_factor if name.endswith("norm.weight") else 0.0)
+            elif not name.startswith("embedding."):
+                values = values / math.sqrt(parameter.shape[-1])
+            parameter.copy_(values)
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, Shape]:
+    """Name and shape of every parameter; a tied one counts once, under the embedding's name."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def compare_parameters(expected: Mapping[str, Shape], actual: Mapping[str, Shape]) -> tuple[Finding, ...]:
+    """One finding for every parameter that is missing, not expected, or of another shape.
+
+    In the order of ``expected`` (the inventory), then what the model has besides, in its own order.
+    """
+    return tuple(_differences(expected, actual))
+
+
+def _differences(expected: Mapping[str, Shape], actual: Mapping[str, Shape]) -> Iterable[Finding]:
+    for name, shape in expected.items():
+        if name not in actual:
+            yield _finding(name, f"is missing, expected {by(shape)}", shape, None)
+        elif actual[name] != shape:
+            yield _finding(name, f"is {by(actual[name])}, expected {by(shape)}", shape, actual[name])
+    for name, shape in actual.items():
+        if name not in expected:
+            yield _finding(name, f"is {by(shape)}, and no such parameter is expected", None, shape)
+
+
+def _finding(name: str, what: str, expected: Shape | None, actual: Shape | None) -> Finding:
+    module, _, parameter = name.rpartition(".")
+    return Finding(
+        stage="build",
+        severity=Severity.ERROR,
+        message=f"{short(module)}  {parameter} {what}",
+        module=module,
+        expected=expected,
+        actual=actual,
+    )
+
+
+def by(shape: Shape) -> str:
+    """A shape as people write it: ``1024 x 128``."""
+    return " x ".join(map(str, shape)) or "one number"
+
+
+def short(module: str) -> str:
+    """A module path without the part that every layer shares."""
+    return module.removeprefix("decoder.")

@@ -1,0 +1,93 @@
+"""Case: preset x recipe x layout x device, and the report of one.
+
+Plain records, no torch: they cross process boundaries and become JSON (``report.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from harness.finding import Finding
+from harness.invariants import Invariant
+from harness.layout import Layout
+
+STAGES = ("parse", "reference", "audit", "config", "shrink", "build", "forward", "quantize")
+
+
+class Outcome(StrEnum):
+    PASSED = "passed"
+    FAILED = "failed"  # the preset, or the model it describes, is wrong
+    SKIPPED = "skipped"  # always with a reason
+    ERROR = "error"  # the harness itself failed
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One thing to check. ``path`` is the preset file, ``presets`` its tree where it is not the default."""
+
+    preset: str
+    path: str
+    recipe: str
+    layout: Layout
+    device: str
+    presets: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.preset}-{self.recipe}-{self.layout}-{self.device}"
+
+    @property
+    def repro(self) -> str:
+        """The command line that runs this case again."""
+        tree = f" --presets {self.presets}" if self.presets else ""
+        return (
+            f"harness check {self.preset} --recipe {self.recipe} --layout {self.layout} "
+            f"--device {self.device}{tree}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """One stage of one case. ``detail`` says what was seen, or why it was skipped."""
+
+    name: str
+    outcome: Outcome
+    seconds: float
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StandInReport:
+    """Something this machine lacks, and what took its place."""
+
+    target: str
+    replacement: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShrinkReport:
+    """Sizes before and after by Megatron's argument names, parameter counts, and the invariants."""
+
+    before: dict[str, object]
+    after: dict[str, object]
+    invariants: tuple[Invariant, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CaseReport:
+    """What happened to one case. ``reason`` says why it was skipped, or what the harness failed on.
+
+    ``log`` is what Megatron and ModelOpt printed, kept for a case that did not pass.
+    """
+
+    case: Case
+    outcome: Outcome
+    seconds: float
+    stages: tuple[StageReport, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    stand_ins: tuple[StandInReport, ...] = ()
+    shrink: ShrinkReport | None = None
+    reason: str = ""
+    log: str = ""

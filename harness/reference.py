@@ -1,0 +1,241 @@
+"""Reference: what the publisher says of a model, field by field against what the preset means.
+
+The publisher's figures come from a file beside the preset, ``<Model>.toml`` or a raw Hugging Face
+``<Model>.config.json``, in Hugging Face's own keys. What a family's modeling code fixes and no key
+says (biases, q/k norms) is in ``families.py``. An expected value is never guessed: a key that the
+publisher leaves out is reported as not checked.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from harness.architecture import moe_layers
+from harness.arguments import Arguments, How
+from harness.families import Expectation, Family, Unknown, expectations, find_family
+from harness.finding import Finding, Severity
+
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
+_MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The publisher's figures for one model.
+
+    ``config`` has Hugging Face's keys, ``params`` counts of parameters (``total``, ``active``).
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    architecture: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
+    params: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
+
+    @property
+    def family(self) -> Family | None:
+        return find_family(self.config)
+
+
+def facts_beside(preset: Path) -> tuple[Facts | None, tuple[Finding, ...]]:
+    """The facts that stand beside a preset file; a finding where there are none or they cannot be read."""
+    stem = preset.name.removesuffix(".sh")
+    for name, read in ((f"{stem}.toml", _read_toml), (f"{stem}.config.json", _read_json)):
+        path = preset.with_name(name)
+        if path.is_file():
+            try:
+                if path.stat().st_size > _MAX_BYTES:
+                    raise ValueError(f"larger than {_MAX_BYTES} bytes")
+                return read(path), ()
+            except (OSError, ValueError) as error:
+                return None, (_finding(f"{name} cannot be read: {error}", Severity.ERROR),)
+    return None, (
+        _finding(
+            f"no {stem}.toml or {stem}.config.json beside the preset: no value in it could be compared with "
+            "what the publisher says, and the parameter counts could not be checked",
+            Severity.WARNING,
+        ),
+    )
+
+
+def _read_toml(path: Path) -> Facts:
+    data = tomllib.loads(path.read_bytes().decode())
+    tables = {}
+    for name in ("config", "architecture", "params"):
+        tables[name] = data.get(name, {})
+        if not isinstance(tables[name], dict):
+            raise ValueError(f"[{name}] is not a table")
+    if not tables["config"]:
+        raise ValueError("there is no [config] table")
+    config = {key: value for key, value in tables["config"].items() if key != "null_keys"}
+    for key in tables["config"].get("null_keys", ()):
+        config.setdefault(key, None)
+    return Facts(
+        path,
+        MappingProxyType(config),
+        MappingProxyType(tables["architecture"]),
+        MappingProxyType(tables["params"]),
+    )
+
+
+def _read_json(path: Path) -> Facts:
+    data = json.loads(path.read_bytes().decode())
+    if not isinstance(data, dict):
+        raise ValueError("it is not a JSON object")
+    return Facts(path, MappingProxyType(data))
+
+
+def compare(arguments: Arguments, facts: Facts) -> tuple[Finding, ...]:
+    """A finding for every field in which the preset differs from the publisher, both values in it."""
+    return tuple(_compare(arguments, facts))
+
+
+def _compare(arguments: Arguments, facts: Facts) -> Iterator[Finding]:
+    family = facts.family
+    if family is None:
+        yield _finding(
+            f"{facts.path.name}: model_type {facts.config.get('model_type')!r} is a family that the harness "
+            "does not know: nothing could be compared with the publisher's figures",
+            Severity.ERROR,
+        )
+        return
+    reported: set[tuple[str, int | None]] = set()
+    for item in expectations(family, facts.config):
+        if isinstance(item, Unknown):
+            yield _finding(
+                f"{facts.path.name} does not say {item.key}: {item.dest} could not be checked",
+                Severity.WARNING,
+            )
+            continue
+        finding = _check(arguments, item)
+        if finding is None:
+            continue
+        # One wrong flag can decide several arguments; the reader wants it named once.
+        place = (finding.flag or "", finding.line)
+        if place not in reported:
+            reported.add(place)
+            yield finding
+    yield from _vocabulary(arguments, facts.config)
+
+
+def _check(arguments: Arguments, expectation: Expectation) -> Finding | None:
+    dest, expected = expectation.dest, expectation.value
+    actual = _effective(arguments, dest)
+    if _equal(actual, expected):
+        return None
+    origin = arguments.origin(dest)
+    shown = _shown(origin.flag, actual)
+    how = {
+        How.GIVEN: f"{shown}: {_say(expected)} published ({expectation.source})",
+        How.DEFAULT: f"{origin.flag} is not set and Megatron's default is {_say(actual)}: "
+        f"{_say(expected)} published ({expectation.source})",
+        How.DERIVED: f"{dest} is {_say(actual)} ({origin.because}): "
+        f"{_say(expected)} published ({expectation.source})",
+    }[origin.how]
+    message = f"{how}; {expectation.why}" if expectation.why else how
+    return arguments.finding(
+        dest,
+        message,
+        stage="reference",
+        severity=expectation.severity,
+        expected=expected,
+        actual=actual,
+    )
+
+
+def _effective(arguments: Arguments, dest: str) -> Any:
+    """The value to compare: patterns layer by layer, sizes without effect as None."""
+    value = arguments[dest]
+    if dest == "moe_layer_freq":
+        return _pattern(value, arguments["num_layers"]) if arguments["num_experts"] else None
+    if dest in ("moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax"):
+        return value if arguments["num_experts"] else None
+    return value
+
+
+def _pattern(frequency: int | Sequence[int], num_layers: int) -> tuple[int, ...] | None:
+    if isinstance(frequency, int) and frequency < 1:
+        return None
+    length = num_layers if isinstance(frequency, int) else len(frequency)
+    return tuple(int(is_moe) for is_moe in moe_layers(frequency, length))
+
+
+def _vocabulary(arguments: Arguments, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Where no flag gives the size, the tokenizer does: between what is known of its length."""
+    published = config.get("vocab_size")
+    if arguments["padded_vocab_size"] is not None or not isinstance(published, int):
+        return
+    multiple = arguments["make_vocab_size_divisible_by"]
+    if multiple < 1:
+        return
+    least = max(_token_ids(config), default=0) + 1
+    low, high = (-(-size // multiple) * multiple for size in (least, published))
+    if low == high == published:
+        return
+    if published in (low, high):
+        yield arguments.finding(
+            "make_vocab_size_divisible_by",
+            f"the vocabulary is left to the tokenizer and padded to a multiple of {multiple}: it may come to "
+            f"anything from {low} to {high}, {published} published (vocab_size); set --padded-vocab-size",
+            stage="reference",
+            severity=Severity.WARNING,
+            expected=published,
+            actual=f"{low} to {high}",
+        )
+        return
+    yield arguments.finding(
+        "make_vocab_size_divisible_by",
+        f"a vocabulary padded to a multiple of {multiple} cannot come to {published} published (vocab_size)",
+        stage="reference",
+        expected=published,
+        actual=f"{low} to {high}",
+    )
+
+
+def _token_ids(config: Mapping[str, Any]) -> Iterator[int]:
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = config.get(key)
+        for token in value if isinstance(value, list) else [value]:
+            if isinstance(token, int) and not isinstance(token, bool):
+                yield token
+
+
+def _equal(actual: Any, expected: Any) -> bool:
+    if isinstance(actual, bool) or isinstance(expected, bool):
+        return actual is expected
+    if isinstance(actual, int | float) and isinstance(expected, int | float):
+        return float(actual) == float(expected)
+    return bool(actual == expected)
+
+
+def _shown(flag: str, value: Any) -> str:
+    return flag if isinstance(value, bool) else f"{flag} {_say(value)}"
+
+
+def _say(value: Any) -> str:
+    """A value as a reader of presets would write it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return _runs(value)
+    return "none" if value is None else f"{value}"
+
+
+def _runs(pattern: tuple[int, ...]) -> str:
+    """``(0, 1, 1, 1)`` -> ``[0]*1+[1]*3``, the way Megatron's patterns are written."""
+    runs: list[tuple[int, int]] = []
+    for entry in pattern:
+        if runs and runs[-1][0] == entry:
+            runs[-1] = (entry, runs[-1][1] + 1)
+        else:
+            runs.append((entry, 1))
+    return "+".join(f"[{entry}]*{length}" for entry, length in runs)
+
+
+def _finding(message: str, severity: Severity) -> Finding:
+    return Finding("reference", severity, message)

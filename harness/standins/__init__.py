@@ -1,0 +1,126 @@
+"""Stand-ins: what this machine lacks -> a declared replacement, for as long as a case runs.
+
+One table names them all. A row applies or not, by the device; what applies is put in place by
+``installed`` and taken out again when it ends, and its record goes into the report. On a CUDA device
+with Transformer Engine nothing applies and everything runs for real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from harness.standins import attention, compilation, cuda, norms, nvfp4, rng
+
+
+@dataclass(frozen=True, slots=True)
+class StandInRecord:
+    """One replacement as the report shows it; ``reason`` is a sentence for users."""
+
+    target: str
+    replacement: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StandIn:
+    """A record, when it applies, and how it is put in place."""
+
+    record: StandInRecord
+    applies: Callable[[torch.device], bool]
+    install: Callable[[], AbstractContextManager[None]]
+
+
+def no_cuda(device: torch.device) -> bool:
+    return device.type != "cuda"
+
+
+def no_transformer_engine(device: torch.device) -> bool:
+    """Transformer Engine is missing, or its kernels cannot run on ``device``."""
+    return no_cuda(device) or not have_transformer_engine()
+
+
+def have_transformer_engine() -> bool:
+    """Whether Megatron could import Transformer Engine in this process."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return bool(HAVE_TE)
+
+
+STAND_INS: tuple[StandIn, ...] = (
+    StandIn(
+        StandInRecord(
+            "torch.cuda streams, events, current_device and device='cuda'",
+            "no-ops on the CPU device",
+            "Megatron asks for CUDA by name, and the case runs on the CPU.",
+        ),
+        no_cuda,
+        cuda.install,
+    ),
+    StandIn(
+        StandInRecord(
+            "Megatron's CUDA random number tracker",
+            "Megatron's inference tracker, which forks nothing",
+            "There is no CUDA generator on the CPU, and dropout is off in a case.",
+        ),
+        no_cuda,
+        rng.install,
+    ),
+    StandIn(
+        StandInRecord(
+            "torch.compile of Megatron's fused functions",
+            "the same functions, not compiled",
+            "Compiling takes many seconds on a CPU and changes no shape.",
+        ),
+        no_cuda,
+        compilation.install,
+    ),
+    StandIn(
+        StandInRecord(
+            "transformer_engine.pytorch RMSNorm and LayerNorm",
+            "the same norms in plain torch, computed in float32",
+            "Transformer Engine is not installed, or the case does not run on CUDA.",
+        ),
+        no_transformer_engine,
+        norms.install,
+    ),
+    StandIn(
+        StandInRecord(
+            "Megatron's TEDotProductAttention",
+            "Megatron's DotProductAttention",
+            "Transformer Engine is not installed, or the case does not run on CUDA.",
+        ),
+        no_transformer_engine,
+        attention.install,
+    ),
+    StandIn(
+        StandInRecord(
+            "ModelOpt's NVFP4 fake-quantization kernel",
+            "the kernel's arithmetic in plain torch; like it, a partial last block counts as padded with zeros",
+            "The kernel is written for CUDA.",
+        ),
+        no_cuda,
+        nvfp4.install,
+    ),
+)
+
+
+def records(device: torch.device) -> tuple[StandInRecord, ...]:
+    """What would be replaced on ``device``."""
+    return tuple(row.record for row in STAND_INS if row.applies(device))
+
+
+@contextmanager
+def installed(device: torch.device) -> Iterator[tuple[StandInRecord, ...]]:
+    """Put in place what ``device`` lacks, yield the records, and restore everything at the end.
+
+    May be nested. Enter it before ``open_world``; a model built inside must not outlive it.
+    """
+    with ExitStack() as stack:
+        for row in STAND_INS:
+            if row.applies(device):
+                stack.enter_context(row.install())
+        yield records(device)

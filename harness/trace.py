@@ -1,0 +1,174 @@
+"""Trace: a forward pass -> the tensor shapes that went into and out of every module, in order.
+
+The actual side of the forward stage. The expected shapes come from the inventory's arithmetic; the
+first finding is the first place in the run where the two part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from harness.build import Shape, by, short
+from harness.finding import Finding, Severity
+
+if TYPE_CHECKING:
+    from harness.inventory import ModuleShapes
+
+# Two unequal numbers that are no model dimension, so that a transposed pair of axes shows.
+BATCH_SIZE, SEQUENCE_LENGTH = 3, 24
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A module was entered with these tensors (``"input"``) or left with these (``"output"``)."""
+
+    module: str
+    side: str
+    shapes: tuple[Shape, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Events in the order they happened; ``finished`` is False where the forward pass raised."""
+
+    events: tuple[Event, ...]
+    finished: bool
+
+
+class Recorder:
+    """Collects events while ``recording`` is open."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._finished = False
+
+    def add(self, module: str, side: str, *values: Any) -> None:
+        self._events.append(Event(module, side, tuple(_shapes(values))))
+
+    def finish(self) -> None:
+        self._finished = True
+
+    def trace(self) -> Trace:
+        return Trace(tuple(self._events), self._finished)
+
+
+def _shapes(value: Any) -> Iterator[Shape]:
+    """Shapes of every tensor in nested tuples, lists and dicts, in order."""
+    if isinstance(value, torch.Tensor):
+        yield tuple(value.shape)
+    elif isinstance(value, Mapping):
+        yield from _shapes(tuple(value.values()))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _shapes(item)
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[Recorder]:
+    """Record every module of ``model`` but itself; hooks are gone at the end, also after an exception."""
+    recorder = Recorder()
+    handles = []
+    for name, module in model.named_modules():
+        if name:
+            handles.append(module.register_forward_pre_hook(_entered(recorder, name), with_kwargs=True))
+            handles.append(module.register_forward_hook(_left(recorder, name)))
+    try:
+        yield recorder
+        recorder.finish()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _entered(recorder: Recorder, name: str) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        recorder.add(name, "input", args, kwargs)
+
+    return hook
+
+
+def _left(recorder: Recorder, name: str) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        recorder.add(name, "output", output)
+
+    return hook
+
+
+def compare_trace(expected: Mapping[str, ModuleShapes], trace: Trace) -> tuple[Finding, ...]:
+    """Findings in the order of the run, then the modules that were expected to run and did not.
+
+    ``expected`` is keyed by module path and names the leading tensors of each side; a module may
+    take or give more (a bias, a mask). Modules that are not in it are not looked at. Where the
+    forward pass raised, modules that never ran are not findings: the exception says why.
+    """
+    return tuple(_differences(expected, trace))
+
+
+def _differences(expected: Mapping[str, ModuleShapes], trace: Trace) -> Iterator[Finding]:
+    for event in trace.events:
+        if event.module not in expected:
+            continue
+        shapes = expected[event.module]
+        wanted = shapes.inputs if event.side == "input" else shapes.outputs
+        for index, shape in enumerate(wanted):
+            actual = event.shapes[index] if index < len(event.shapes) else None
+            if actual != shape:
+                side = event.side if len(wanted) == 1 else f"{event.side} {index}"
+                found = by(actual) if actual is not None else "missing"
+                yield _finding(event.module, f"{side} is {found}, expected {by(shape)}", shape, actual)
+    if trace.finished:
+        ran = {event.module for event in trace.events}
+        for module in expected:
+            if module not in ran:
+                yield _finding(module, "never ran", "runs", "never ran")
+
+
+def _finding(module: str, what: str, expected: Any, actual: Any) -> Finding:
+    message = f"{short(module)}  {what}" if module else what
+    return Finding(
+        "forward", Severity.ERROR, message, module=module or None, expected=expected, actual=actual
+    )
+
+
+def token_ids(
+    vocabulary: int, batch_size: int, sequence_length: int, device: torch.device, seed: int = 1234
+) -> torch.Tensor:
+    """Token ids [batch, sequence] below ``vocabulary``; the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocabulary, (batch_size, sequence_length), generator=generator).to(device)
+
+
+def forward(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [batch, sequence, vocabulary] for token ids [batch, sequence].
+
+    Called as ModelOpt's own prefill calls it: positions from zero, a causal mask spelt out.
+    """
+    batch_size, sequence_length = tokens.shape
+    positions = torch.arange(sequence_length, device=tokens.device).expand(batch_size, -1)
+    # True where attention is forbidden: everything after the token itself.
+    mask = torch.ones(sequence_length, sequence_length, dtype=torch.bool, device=tokens.device).triu(1)
+    with torch.no_grad():
+        logits: torch.Tensor = model(
+            tokens,
+            positions,
+            mask.expand(batch_size, 1, -1, -1),
+            runtime_gather_output=True,
+        )
+    return logits
+
+
+def check_logits(logits: torch.Tensor, tokens: torch.Tensor, vocabulary: int) -> tuple[Finding, ...]:
+    """Findings where logits are not [batch, sequence, vocabulary] or not finite."""
+    expected, actual = (*tokens.shape, vocabulary), tuple(logits.shape)
+    if actual != expected:
+        return (_finding("", f"logits are {by(actual)}, expected {by(expected)}", expected, actual),)
+    wrong = int((~torch.isfinite(logits)).sum())
+    if wrong:
+        return (_finding("", f"{wrong} of {logits.numel()} logits are not finite", 0, wrong),)
+    return ()

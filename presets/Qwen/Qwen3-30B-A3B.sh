@@ -1,0 +1,48 @@
+#!/bin/bash
+
+if [ -z ${HF_MODEL_CKPT} ]; then
+    HF_MODEL_CKPT=Qwen/Qwen3-30B-A3B
+    TOKENIZER_MODEL=Qwen/Qwen3-30B-A3B
+else
+    TOKENIZER_MODEL=${HF_MODEL_CKPT}
+fi
+
+MODEL_ARGS=" \
+    --save-interval 100000 \
+    --micro-batch-size 1 \
+    --bf16 \
+    --no-masked-softmax-fusion \
+    --no-rope-fusion \
+    --no-bias-swiglu-fusion \
+    --tokenizer-type HuggingFaceTokenizer \
+    --num-layers 48 \
+    --hidden-size 2048 \
+    --ffn-hidden-size 6144 \
+    --num-attention-heads 32 \
+    --group-query-attention \
+    --num-query-groups 4 \
+    --kv-channels 128 \
+    --qk-layernorm \
+    --disable-bias-linear \
+    --swiglu \
+    --normalization RMSNorm \
+    --norm-epsilon 1e-6 \
+    --position-embedding-type rope \
+    --rotary-percent 1.0 \
+    --rotary-base 1000000 \
+    --max-position-embeddings 40960 \
+    --seq-length 4096 \
+    --padded-vocab-size 151936 \
+    --untie-embeddings-and-output-weights \
+    --attention-dropout 0.0 \
+    --hidden-dropout 0.0 \
+    --num-experts 128 \
+    --moe-router-topk 8 \
+    --moe-ffn-hidden-size 768 \
+    --moe-layer-freq 1 \
+    --moe-router-score-function softmax \
+    --moe-router-dtype fp32 \
+    --moe-router-load-balancing-type aux_loss \
+    --moe-aux-loss-coeff 1e-3 \
+    --moe-token-dispatcher-type alltoall \
+"
