@@ -7,7 +7,7 @@ model flag away from its default is told so, never waved through.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -159,11 +159,16 @@ def architecture(arguments: Arguments) -> Architecture:
         learned_positions=values["position_embedding_type"] == "learned_absolute",
         tied_embeddings=not values["untie_embeddings_and_output_weights"],
         normalization=Norm(values["normalization"]),
-        layers=tuple(
-            Layer(attention, moe if moe and is_moe else dense)
-            for is_moe in moe_layers(values["moe_layer_freq"], values["num_layers"])
-        ),
+        layers=tuple(Layer(attention, mlp) for mlp in _feed_forward(values, dense, moe)),
     )
+
+
+def _feed_forward(values: Mapping[str, Any], dense: Dense, moe: MoE | None) -> Iterator[Dense | MoE]:
+    if moe is None:
+        yield from [dense] * values["num_layers"]
+        return
+    for is_moe in moe_layers(values["moe_layer_freq"], values["num_layers"]):
+        yield moe if is_moe else dense
 
 
 def moe_layers(frequency: int | Sequence[int], num_layers: int) -> tuple[bool, ...]:
@@ -193,18 +198,32 @@ def unmodelled(flags: Sequence[Flag]) -> tuple[Finding, ...]:
         if flag.spec.role is Role.MODEL
         and flag.dest not in MODELLED
         and flag.value != flag.spec.default
-        and not (flag.dest, flag.value) in _INERT
+        and not _is_inert(flag)
     )
 
 
-# Values of unmodelled flags that mean what the ModelOpt example builds anyway.
-_INERT = frozenset({("transformer_impl", "transformer_engine"), ("export_model_type", "GPTModel")})
+# Values of unmodelled flags that change nothing in the model that the ModelOpt example builds.
+_INERT: Mapping[str, frozenset[str]] = {
+    "transformer_impl": frozenset({"transformer_engine"}),
+    "export_model_type": frozenset({"GPTModel"}),
+    # The others of its choices pick other experts than plain top-k.
+    "moe_router_load_balancing_type": frozenset({"aux_loss", "seq_aux_loss", "global_aux_loss", "none"}),
+}
+
+
+def _is_inert(flag: Flag) -> bool:
+    values = flag.value if isinstance(flag.value, tuple) else (flag.value,)
+    return set(values) <= _INERT.get(flag.dest, frozenset())
+
+
+# Far beyond any model, and small enough that no loop over them takes long.
+_LARGEST = {"num_layers": 10_000, "num_attention_heads": 2**16, "num_experts": 2**16, "kv_channels": 2**16}
 
 
 def _dimension(values: Mapping[str, Any], dest: str) -> int:
     value = values[dest]
-    if not isinstance(value, int) or not 0 < value < 2**31:
-        raise NotAModel(f"{dest} is {value!r}, which is no dimension")
+    if not isinstance(value, int) or not 0 < value <= _LARGEST.get(dest, 2**24):
+        raise NotAModel(f"{dest} is {value!r}, which is no dimension of any model")
     return value
 
 

@@ -44,6 +44,12 @@ class Arguments:
     values: Mapping[str, Any]
     origins: Mapping[str, Origin]
 
+    def __repr__(self) -> str:
+        """What differs from Megatron's defaults; all 800 would hide it."""
+        standard = defaults()
+        given = (f"{dest}={value!r}" for dest, value in self.values.items() if value != standard.get(dest))
+        return f"Arguments({', '.join(given)})"
+
     def __getitem__(self, dest: str) -> Any:
         return self.values[dest]
 
@@ -173,7 +179,9 @@ def _contradictions(r: _Resolution) -> None:
 
 def _layers(r: _Resolution) -> None:
     if r.values["num_layers"] is None and r.values["encoder_num_layers"] is not None:
-        r.derive("num_layers", r.values["encoder_num_layers"], "encoder_num_layers", "--num-layers is not set")
+        r.derive(
+            "num_layers", r.values["encoder_num_layers"], "encoder_num_layers", "--num-layers is not set"
+        )
     elif r.given("num_layers") and r.given("encoder_num_layers"):
         r.report("encoder_num_layers", "Megatron refuses --encoder-num-layers together with --num-layers")
 

@@ -31,16 +31,15 @@ def audit(
 ) -> Audit:
     """Audit one architecture. ``params`` are the published counts, None where nothing is published."""
     counted = counts(architecture)
-    published = {key: params[key] for key in ("total", "active") if isinstance((params or {}).get(key), int)}
-    findings = [*_counts(architecture, counted, published, params is not None)]
+    known = params or {}
+    published = {key: known[key] for key in ("total", "active") if isinstance(known.get(key), int)}
+    findings = [*_counts(counted, published, params is not None)]
     if recipe is not None:
         findings.extend(_blocks(architecture, layout, recipe))
     return Audit(counted, published, tuple(findings))
 
 
-def _counts(
-    architecture: Architecture, counted: Counts, published: Mapping[str, int], has_facts: bool
-) -> Iterator[Finding]:
+def _counts(counted: Counts, published: Mapping[str, int], has_facts: bool) -> Iterator[Finding]:
     for key, actual in (("total", counted.total), ("active", counted.active)):
         if key in published and published[key] != actual:
             difference = actual - published[key]

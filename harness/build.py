@@ -24,7 +24,7 @@ from harness.errors import UsageError
 from harness.finding import Finding, Severity
 from harness.layout import Layout
 from harness.standins import no_transformer_engine
-from harness.standins.output import quiet_imports
+from harness.standins.output import import_foreign
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -113,8 +113,8 @@ def transformer_config(
     for dest, supported in _NOT_YET.items():
         if arguments.get(dest, supported) != supported:
             raise UsageError(f"{dest}={arguments[dest]!r} is not supported yet")
-    with quiet_imports():
-        from megatron.training.argument_utils import core_transformer_config_from_args
+    import_foreign()
+    from megatron.training.argument_utils import core_transformer_config_from_args
 
     namespace = _namespace(arguments, layout, device)
     config: TransformerConfig = core_transformer_config_from_args(namespace)
@@ -164,9 +164,8 @@ def build_model(
 
     Call it inside ``standins.installed`` and ``open_world``; the model must not outlive them.
     """
-    with quiet_imports():
-        from megatron.core.models.gpt import GPTModel
-        from megatron.core.post_training.modelopt.gpt.model_specs import get_gpt_modelopt_spec
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.post_training.modelopt.gpt.model_specs import get_gpt_modelopt_spec
 
     arguments = architecture.arguments.values
     config = transformer_config(arguments, layout, device)

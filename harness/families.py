@@ -61,7 +61,13 @@ FAMILIES = (
         "models/qwen3_moe/modeling_qwen3_moe.py",
     ),
     Family(
-        "llama", "attention_bias", "attention_bias", "mlp_bias", False, False, "models/llama/modeling_llama.py"
+        "llama",
+        "attention_bias",
+        "attention_bias",
+        "mlp_bias",
+        False,
+        False,
+        "models/llama/modeling_llama.py",
     ),
     Family("mistral", False, False, False, False, False, "models/mistral/modeling_mistral.py"),
     Family("mixtral", False, False, False, False, True, "models/mixtral/modeling_mixtral.py"),
@@ -165,13 +171,19 @@ def _rope(family: Family, config: Config) -> Iterator[Item]:
     rope = parameters if isinstance(parameters, Mapping) else config
     base = rope.get("rope_theta")
     yield (
-        Expectation("rotary_base", base, "rope_theta") if base is not None else Unknown("rotary_base", "rope_theta")
+        Expectation("rotary_base", base, "rope_theta")
+        if base is not None
+        else Unknown("rotary_base", "rope_theta")
     )
     factor = rope.get("partial_rotary_factor")
     yield Expectation("rotary_percent", 1.0 if factor is None else factor, "partial_rotary_factor")
     yield Expectation("rotary_interleaved", False, family.source)
     scaling = parameters if isinstance(parameters, Mapping) else config.get("rope_scaling")
-    kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, Mapping) else "default"
+    kind = (
+        scaling.get("rope_type", scaling.get("type", "default"))
+        if isinstance(scaling, Mapping)
+        else "default"
+    )
     if kind == "default":
         yield Expectation("use_rope_scaling", False, "rope_scaling")
     elif kind == "llama3" and isinstance(scaling, Mapping):

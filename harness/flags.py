@@ -257,9 +257,8 @@ def _bare(name: str) -> str:
 
 def _hint(spec: FlagSpec, text: str) -> str:
     """What to write instead, where that is plain."""
-    for choice in spec.choices:
-        if choice.lower() == text.lower():
-            return f"; write {choice}"
+    if spec.choices:
+        return next((f"; write {choice}" for choice in spec.choices if choice.lower() == text.lower()), "")
     if spec.type == "int" and re.fullmatch(r"-?\d{1,12}(\.\d*)?(e\+?\d)?", text, re.IGNORECASE | re.ASCII):
         return f"; write {int(float(text))}" if float(text).is_integer() else ""
     return "; write it without blanks" if "list" in spec.type and " " in text else ""

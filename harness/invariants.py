@@ -6,13 +6,16 @@ fault in the search cannot hide itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import gcd
+from typing import TYPE_CHECKING
 
-from harness.architecture import Architecture
-from harness.layout import Layout
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from harness.architecture import Architecture
+    from harness.layout import Layout
 
 BLOCK = 128  # the largest block size of ModelOpt's formats
 FP4_BLOCK = 16  # the smallest, and the unit of a head dimension
@@ -80,9 +83,7 @@ def _fused(architecture: Architecture) -> dict[str, int]:
 
 def check_invariants(before: Architecture, after: Architecture, layout: Layout) -> tuple[Invariant, ...]:
     """S1 to S12 on one pair, in order."""
-    return tuple(
-        Invariant(name, title, *rule(before, after, layout)) for name, title, rule in _INVARIANTS
-    )
+    return tuple(Invariant(name, title, *rule(before, after, layout)) for name, title, rule in _INVARIANTS)
 
 
 def group_split(num_query_groups: int, tp: int) -> str:
@@ -207,7 +208,7 @@ def _equal_pairs(sizes: Mapping[str, int]) -> str:
 def _layers(before: Architecture, after: Architecture, layout: Layout) -> Judgement:
     def describe(architecture: Architecture) -> tuple[str, object]:
         kinds = layer_kinds(before, architecture)
-        key = (kinds[0], kinds[-1], set(kinds), set(zip(kinds, kinds[1:], strict=False)))
+        key = (kinds[0], kinds[-1], set(kinds), set(pairwise(kinds)))
         names = [layer.kind for layer in architecture.layers]
         counts = ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
         return f"{len(kinds)} layers: {counts}", key

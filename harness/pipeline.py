@@ -30,8 +30,8 @@ from harness.case import (
 )
 from harness.errors import UsageError
 from harness.finding import Finding, Severity, has_errors
-from harness.inventory import activations, counts, parameters
 from harness.invariants import SIZE_ARGUMENTS
+from harness.inventory import activations, counts, parameters
 from harness.layout import Layout
 from harness.preset import Preset, PresetFile, load_preset
 from harness.recipes import Recipe, find_recipe
@@ -201,6 +201,10 @@ def _read(run: _Run, file: PresetFile, layout: Layout, recipe: Recipe | None) ->
     return seen
 
 
+# About what today's tokenizers have; what is built from it is shrunken anyway.
+_ASSUMED_VOCABULARY = 1 << 17
+
+
 def with_vocabulary(arguments: Arguments, facts: Facts | None) -> tuple[Arguments, tuple[Finding, ...]]:
     """Fill in the vocabulary size that a preset leaves to the tokenizer: the published one.
 
@@ -212,7 +216,8 @@ def with_vocabulary(arguments: Arguments, facts: Facts | None) -> tuple[Argument
     if isinstance(published, int) and published > 0:
         because = "left to the tokenizer; the published vocab_size is taken"
         return _assume(arguments, published, because), ()
-    size = 128 * max(1, arguments["make_vocab_size_divisible_by"])
+    multiple = 128 * max(1, arguments["make_vocab_size_divisible_by"])
+    size = -(-_ASSUMED_VOCABULARY // multiple) * multiple
     warning = arguments.finding(
         "padded_vocab_size",
         f"the vocabulary is left to the tokenizer and its size is not published: {size} is assumed",
@@ -324,13 +329,14 @@ class _Model:
         tokens = trace.token_ids(small.padded_vocab_size, trace.BATCH_SIZE, length, device)
         with self.run.stage("forward", foreign=True) as stage:
             expected = activations(small, sequence_length=length, batch_size=trace.BATCH_SIZE)
-            recorder = trace.Recorder()
-            try:
-                with trace.recording(model, recorder):
+            with trace.recording(model) as recorder:
+                try:
                     logits = trace.forward(model, tokens)
-            finally:
-                # Where the pass raised, the trace up to there says which shapes parted first.
-                stage.findings.extend(trace.compare_trace(expected, recorder.trace()))
+                except Exception:
+                    # The trace up to here says which shapes parted first.
+                    stage.findings.extend(trace.compare_trace(expected, recorder.trace()))
+                    raise
+            stage.findings.extend(trace.compare_trace(expected, recorder.trace()))
             stage.findings.extend(trace.check_logits(logits, tokens, small.padded_vocab_size))
             stage.detail = f"{len(expected)} modules as planned, logits finite"
 
@@ -341,9 +347,7 @@ class _Model:
             result = quantize(model, self.recipe, small, device)
             stage.findings.extend(result.findings)
             error = "no error measured" if result.error is None else f"relative error {result.error:.3g}"
-            stage.detail = (
-                f"{len(result.matrices)} matrices, {result.quantizers} quantizers, {error}"
-            )
+            stage.detail = f"{len(result.matrices)} matrices, {result.quantizers} quantizers, {error}"
             self.log += result.log
 
 

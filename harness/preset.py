@@ -50,7 +50,10 @@ def load_preset(file: PresetFile) -> Preset:
     variables = MappingProxyType({name: variable.text for name, variable in script.variables.items()})
     findings = list(script.findings)
     words = [
-        word for name in ARGUMENT_VARIABLES if name in script.variables for word in script.variables[name].words
+        word
+        for name in ARGUMENT_VARIABLES
+        if name in script.variables
+        for word in script.variables[name].words
     ]
     if "MODEL_ARGS" not in script.variables:
         # A syntax fault may be why it is not set; two findings for one fault would mislead.
@@ -123,9 +126,7 @@ def _find(name: str, root: Path) -> Sequence[PresetFile]:
     known = discover(root)
     exact = [file for file in known if file.name == name]
     matches = exact or [
-        file
-        for file in known
-        if wanted in (file.name.lower(), file.name.lower().rpartition("/")[2])
+        file for file in known if wanted in (file.name.lower(), file.name.lower().rpartition("/")[2])
     ]
     if len(matches) == 1:
         return matches
@@ -133,7 +134,13 @@ def _find(name: str, root: Path) -> Sequence[PresetFile]:
         raise UnknownPreset(
             f"{name!r} is the name of {len(matches)} presets: {', '.join(str(file.path) for file in matches)}"
         )
-    by_name = {key: file.name for file in known for key in (file.name.lower(), file.name.lower().rpartition("/")[2])}
+    by_name = {
+        key: file.name for file in known for key in (file.name.lower(), file.name.lower().rpartition("/")[2])
+    }
     near = [by_name[key] for key in difflib.get_close_matches(wanted, by_name, n=5, cutoff=0.5)]
-    hint = f"did you mean {', '.join(dict.fromkeys(near))}?" if near else f"{len(known)} presets are below {root}"
+    hint = (
+        f"did you mean {', '.join(dict.fromkeys(near))}?"
+        if near
+        else f"{len(known)} presets are below {root}"
+    )
     raise UnknownPreset(f"no preset is called {name!r}; {hint}")

@@ -21,14 +21,15 @@ from torch import nn
 from harness.build import by, short
 from harness.finding import Finding, Severity
 from harness.recipes import Format, Recipe
-from harness.standins.output import captured, quiet_imports
+from harness.standins.output import captured, import_foreign
 from harness.trace import BATCH_SIZE, SEQUENCE_LENGTH, forward, token_ids
 
-with quiet_imports():
-    import modelopt.torch.quantization as mtq
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-    from megatron.core.transformer.moe.experts import SequentialMLP
-    from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
+import_foreign()
+
+import modelopt.torch.quantization as mtq  # noqa: E402
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear  # noqa: E402
+from megatron.core.transformer.moe.experts import SequentialMLP  # noqa: E402
+from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer  # noqa: E402
 
 if TYPE_CHECKING:
     from harness.architecture import Architecture

@@ -392,6 +392,8 @@ class _Interpreter:
         return result if live else status
 
     def _negated(self, node: Node) -> bool:
+        if self.source.text[node.start_byte + 1] not in BLANKS:
+            raise Refused("a syntax error at `!`", node.start_byte)
         return not self._statement(node.children[-1])
 
     def _assignments(self, node: Node) -> bool:
@@ -406,7 +408,7 @@ class _Interpreter:
             raise Refused("a syntax error in an assignment", node.start_byte)
         self._check_end(node)
         if value.type == "array" and value.start_byte == match.end():
-            fields = self.expander.words(value, value.start_byte + 1, value.end_byte - 1)
+            fields = self.expander.elements(value)
         else:
             fields = [self.expander.scalar(node, match.end(), node.end_byte, braces=braces)]
         return (
@@ -440,13 +442,15 @@ class _Interpreter:
         # bash expands every argument before it assigns the first
         values = [self._assigned(child, braces=True) for child in assigned]
         arrays = sum(value.is_array for _, _, value in values)
-        if len(values) > 1 and arrays or "-a" in options and (names or arrays < len(values)):
+        if (len(values) > 1 and arrays) or ("-a" in options and (names or arrays < len(values))):
             raise Refused(f"`{keyword.type}` of arrays must hold one NAME=(...) alone", node.start_byte)
-        for assignment in values:
-            self._store(*assignment)
-        if keyword.type == "readonly" and not self.expander.dry:
-            self.expander.readonly.update(name for name, _, _ in values)
-            self.expander.readonly.update(self.source.of(child) for child in names)
+        for child in rest:
+            name = self.source.of(child)
+            if child.type == "variable_assignment":
+                name = values[0][0]
+                self._store(*values.pop(0))
+            if keyword.type == "readonly" and not self.expander.dry:
+                self.expander.readonly.add(name)
         return True
 
     def _unset(self, node: Node) -> bool:
@@ -693,7 +697,8 @@ _WORD_FAULTS: tuple[tuple[Severity, Callable[[Word], bool], str], ...] = (
     (
         Severity.ERROR,
         lambda word: (
-            word.text.endswith("\\") and not word.quoted or bool(word.text) and not word.text.strip(BLANKS)
+            (word.text.endswith("\\") and not word.quoted)
+            or (bool(word.text) and not word.text.strip(BLANKS))
         ),
         "a stray backslash: the blank after it keeps bash from joining the lines, and `{}` reaches Megatron",
     ),

@@ -192,18 +192,24 @@ class Expander:
         self._check_literals(pieces, braces=braces)
         return _join(pieces, start)
 
-    def words(self, node: Node, start: int, end: int, context: Context = Context.WORDS) -> list[Field]:
+    def elements(self, node: Node) -> list[Field]:
+        return self.words(node, node.start_byte + 1, node.end_byte - 1, array=True)
+
+    def words(
+        self, node: Node, start: int, end: int, context: Context = Context.WORDS, *, array: bool = False
+    ) -> list[Field]:
         """Array elements or arguments, after word splitting; in [[ ]] there is none, and operators are told apart."""
         fields: list[Field] = []
         for group in _groups(self._pieces(node, start, end, context)):
             self._check_literals(group, braces=context is Context.WORDS)
-            if context is Context.WORDS and re.match(r"\[.*\]\+?=", _join(group, 0).text, re.DOTALL):
-                raise Refused("an array subscript is refused: list the elements in order", group[0].start)
+            if (
+                array
+                and group[0].kind is Kind.LITERAL
+                and re.match(r"\[(?![\w,.+*-]*\](?!\+?=))", group[0].text)
+            ):
+                raise Refused("an array subscript is refused: quote the `[`", group[0].start)
             fields += _split(group) if context is Context.WORDS else [_join(group, group[0].start)]
         return fields
-
-    def pattern(self, node: Node, start: int, end: int) -> list[Piece]:
-        return list(self._pieces(node, start, end, Context.SCALAR))
 
     def _check_literals(self, pieces: list[Piece], *, braces: bool) -> None:
         opened = False
@@ -239,15 +245,17 @@ class Expander:
             kind = match and match.lastgroup
             after = text[position + 1 : position + 2]
             special = _EXPANDS_IN_STRING if quoted else _EXPANDS_AFTER_DOLLAR
-            if not match or match[0] == "$" and special.match(after) or match[0] == "\\" and after == "\n":
+            lone = match and match[0] == "$" and context not in (Context.WORDS, Context.OPERAND)
+            if (
+                not match
+                or (match[0] == "$" and (not lone or special.match(after)))
+                or (match[0] == "\\" and after == "\n")
+            ):
                 raise Refused(f"`{text[position]}` cannot be read here", position)
             if kind == "plain" and context is Context.OPERAND and set(match[0]) & set("{}"):
                 raise Refused("a brace inside a default value must be quoted", position)
-            if (
-                kind == "blank"
-                and context is Context.SCALAR
-                or kind == "operator"
-                and not _allowed(match[0], context)
+            if (kind == "blank" and context is Context.SCALAR) or (
+                kind == "operator" and not _allowed(match[0], context)
             ):
                 raise Refused(f"`{match[0].strip() or 'a blank'}` cannot stand here", position)
             yield self._piece(match, position, context, quoted)
@@ -269,7 +277,9 @@ class Expander:
     def _expand(self, node: Node, context: Context) -> Iterator[Piece]:
         start, end = node.start_byte, node.end_byte
         if node.type == "comment":
-            if context is not Context.WORDS or self.source.text[start - 1] not in BLANKS + "(":
+            if context is not Context.WORDS or not re.search(
+                r"(?<!\\)[ \t\n(]$", self.source.text[:start][-2:]
+            ):
                 raise Refused("`#` cannot be read here", start)
             yield Piece(Kind.BLANK, "", array("I"), start)
         elif node.type in ("simple_expansion", "expansion"):
@@ -284,6 +294,8 @@ class Expander:
         elif node.type == "string":
             yield from self._string(node, start, end, context)
         elif node.type == "raw_string":
+            if "'" in self.source.text[start + 1 : end - 1]:
+                raise Refused("`'` cannot be read here", start)
             yield Piece(
                 Kind.QUOTED, self.source.text[start + 1 : end - 1], self.source.at[start + 1 : end - 1], start
             )
@@ -305,6 +317,8 @@ class Expander:
 
     def _ansi(self, node: Node) -> Piece:
         text, at = "", array("I")
+        if not re.fullmatch(r"\$'(?:[^'\\]|\\.)*'", self.source.of(node), re.DOTALL):
+            raise Refused("`$'` cannot be read here", node.start_byte)
         for match in _ANSI_ESCAPE.finditer(self.source.text, node.start_byte + 2, node.end_byte - 1):
             octal, hexadecimal, unicode, letter = match.groups()
             code = octal or hexadecimal or unicode
@@ -377,7 +391,8 @@ class Expander:
         """${A[@]} and ${A[*]}: the elements with a break between, or joined by a space where bash joins them."""
         if context in (Context.OPERAND, Context.QUOTED_OPERAND):
             raise Refused("an array inside a default value is refused", start)
-        yield Piece(Kind.LIST, "", array("I"), start)
+        if separate:
+            yield Piece(Kind.LIST, "", array("I"), start)
         for index, field in enumerate(value.fields if value else ()):
             if index and separate and context in (Context.STRING, Context.WORDS):
                 yield Piece(Kind.BREAK, "", array("I"), start)
@@ -433,10 +448,8 @@ class Expander:
             stop = child.start_byte if child else end - 2
             gap = self.source.text[position:stop]
             known = _ARITHMETIC_GAP.fullmatch(gap)
-            if (
-                not known
-                or child
-                and child.type not in ("simple_expansion", "expansion", "arithmetic_expansion")
+            if not known or (
+                child and child.type not in ("simple_expansion", "expansion", "arithmetic_expansion")
             ):
                 raise Refused("arithmetic may only use integers, variables, + - * / % and parentheses", start)
             text += gap

@@ -9,14 +9,12 @@ judged by ``invariants.py``.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import islice, pairwise
 from math import gcd, log
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.architecture import Architecture, Dense, MoE, architecture, moe_layers
-from harness.inventory import counts
 from harness.invariants import (
     BLOCK,
     FP4_BLOCK,
@@ -29,7 +27,12 @@ from harness.invariants import (
     named_sizes,
     same_equalities,
 )
-from harness.layout import Layout
+from harness.inventory import counts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from harness.layout import Layout
 
 # Where the exact ratio of attention width to hidden size (S3) needs a hidden size above this, per tensor
 # rank, the nearest ratio is taken: the point is a model that runs in a second.
@@ -37,6 +40,12 @@ WIDTH_BUDGET = 1024
 
 # Candidates looked at per feed-forward or vocabulary size; S5 rarely rules out more than two.
 _CANDIDATES = 8
+
+# A preset is untrusted: a size with ten digits must not keep the search busy. No published model has
+# more query groups, head sizes in steps of 16 or expert multiples than this.
+_MOST = 256
+# Multiples looked at on either side of the nearest hidden size.
+_NEAR = 16
 
 
 class NoPlan(Exception):
@@ -57,9 +66,7 @@ class ShrinkPlan:
         """Megatron arguments that differ, as (before, after)."""
         left, right = self.before.arguments, self.after.arguments
         return {
-            dest: (left[dest], right[dest])
-            for dest in sorted(SIZE_ARGUMENTS)
-            if left[dest] != right[dest]
+            dest: (left[dest], right[dest]) for dest in sorted(SIZE_ARGUMENTS) if left[dest] != right[dest]
         }
 
 
@@ -88,18 +95,34 @@ class _Widths:
 
 
 def _smallest(before: Architecture, layout: Layout) -> Architecture:
-    fixed = {**_layer_changes(before, layout), **_expert_changes(before.moe, layout)}
-    best: tuple[tuple[int, ...], Architecture] | None = None
-    for widths in _attention_candidates(before, layout):
-        candidate = _with_widths(before, layout, widths, fixed)
-        if candidate is None:
-            continue
-        rank = (counts(candidate).total, widths.hidden, -widths.kv_channels, widths.heads)
-        if best is None or rank < best[0]:
-            best = (rank, candidate)
-    if best is None:
-        raise NoPlan("no attention and hidden sizes keep S1, S3, S4 and S12")
-    return best[1]
+    layers = _layer_changes(before, layout)
+    for tier in _attention_tiers(before, layout):
+        for experts in _expert_choices(before.moe, layout):
+            best = _smallest_of(tier, before, layout, {**layers, **experts})
+            if best is not None:
+                return best
+    raise NoPlan("no sizes keep S1, S3, S4, S5, S8 and S12, not even the real ones")
+
+
+def _smallest_of(
+    tier: Sequence[_Widths], before: Architecture, layout: Layout, fixed: Mapping[str, Any]
+) -> Architecture | None:
+    """The candidate with the fewest parameters; ties go to the wider head, then the fewer heads."""
+    left = named_sizes(before, layout)
+    searches = []
+    for widths in tier:
+        search = _Search.of(before, layout, widths, fixed)
+        if search is not None:
+            order = (search.bound, widths.hidden, -widths.kv_channels, widths.heads)
+            searches.append((order, search))
+    best: Architecture | None = None
+    for (bound, *_), search in sorted(searches, key=lambda entry: entry[0]):
+        if best is not None and bound >= counts(best).total:
+            break
+        found = search.run(left, layout)
+        if found is not None and (best is None or counts(found).total < counts(best).total):
+            best = found
+    return best
 
 
 # ---- layers (S6) ----
@@ -107,15 +130,17 @@ def _smallest(before: Architecture, layout: Layout) -> Architecture:
 
 def _layer_changes(before: Architecture, layout: Layout) -> dict[str, Any]:
     kinds = shortest_walk(layer_kinds(before, before), layout.pp)
-    changes: dict[str, Any] = {"num_layers": len(kinds)}
-    if before.moe is None:
-        return changes
-    moe_kind = layer_kinds(before, before)[[layer.kind for layer in before.layers].index("moe")]
-    pattern = tuple(int(kind == moe_kind) for kind in kinds)
+    moe = {
+        kind
+        for kind, layer in zip(layer_kinds(before, before), before.layers, strict=True)
+        if layer.kind == "moe"
+    }
+    pattern = tuple(int(kind in moe) for kind in kinds)
     frequency = before.arguments["moe_layer_freq"]
-    if isinstance(frequency, int) and moe_layers(frequency, len(kinds)) == tuple(map(bool, pattern)):
-        return changes
-    return {**changes, "moe_layer_freq": pattern}
+    periodic = isinstance(frequency, int) and moe_layers(frequency, len(kinds)) == tuple(map(bool, pattern))
+    if before.arguments["num_experts"] is None or periodic:
+        return {"num_layers": len(kinds)}
+    return {"num_layers": len(kinds), "moe_layer_freq": pattern}
 
 
 def shortest_walk(kinds: Sequence[int], least: int) -> list[int]:
@@ -124,7 +149,7 @@ def shortest_walk(kinds: Sequence[int], least: int) -> list[int]:
     At least ``least`` long where ``kinds`` is. Breadth first over (kind, pairs seen, length up to
     ``least``), kinds in numeric order, so the answer is always the same.
     """
-    pairs = sorted(set(zip(kinds, kinds[1:], strict=False)))
+    pairs = sorted(set(pairwise(kinds)))
     bit = {pair: 1 << index for index, pair in enumerate(pairs)}
     follows = {kind: [after for before, after in pairs if before == kind] for kind in kinds}
     everything, least = (1 << len(pairs)) - 1, min(least, len(kinds))
@@ -158,27 +183,29 @@ def _unwind(
 # ---- experts (S2) ----
 
 
-def _expert_changes(moe: MoE | None, layout: Layout) -> dict[str, Any]:
+def _expert_choices(moe: MoE | None, layout: Layout) -> Iterator[dict[str, int]]:
+    """Expert and top-k sizes in the real ratio, fewest first, the real ones last."""
     if moe is None:
-        return {}
+        yield {}
+        return
     sizes = {"num_experts": moe.num_experts, "moe_router_topk": moe.moe_router_topk}
     if moe.num_groups and moe.group_topk:
         sizes["moe_router_num_groups"] = moe.num_groups
         sizes["moe_router_group_topk"] = moe.group_topk
     divisor = gcd(*sizes.values())
-    for multiple in range(1, divisor + 1):
+    for multiple in _few(divisor):
         small = {dest: size // divisor * multiple for dest, size in sizes.items()}
         same_split = (small["num_experts"] % layout.ep == 0) == (moe.num_experts % layout.ep == 0)
         one = (small["moe_router_topk"] == 1) == (moe.moe_router_topk == 1)
         if same_split and one:
-            return small
-    raise AssertionError("the real sizes keep their own ratio")
+            yield small
 
 
 # ---- attention and hidden size (S1, S3, S4, S12) ----
 
 
-def _attention_candidates(before: Architecture, layout: Layout) -> list[_Widths]:
+def _attention_tiers(before: Architecture, layout: Layout) -> Iterator[list[_Widths]]:
+    """Exact ratios within the budget, then near ones, then exact ones of any width, the real one last."""
     attention = list(_attention_sizes(before, layout))
     hidden, query = before.hidden_size, before.attention.query_width
     budget = min(WIDTH_BUDGET * layout.tp, hidden)
@@ -188,10 +215,10 @@ def _attention_candidates(before: Architecture, layout: Layout) -> list[_Widths]
         if hidden * heads * channels % query == 0
     ]
     exact = [widths for widths in exact if _same_class(hidden, widths.hidden, BLOCK * layout.tp)]
-    small = [widths for widths in exact if widths.hidden <= budget]
-    if small or query == hidden:
-        return small or exact
-    return _nearest(before, layout, attention, budget) or exact
+    yield [widths for widths in exact if widths.hidden <= budget]
+    if query != hidden:
+        yield _nearest(before, layout, attention, budget)
+    yield exact
 
 
 def _attention_sizes(before: Architecture, layout: Layout) -> Iterator[tuple[int, int, int]]:
@@ -200,7 +227,7 @@ def _attention_sizes(before: Architecture, layout: Layout) -> Iterator[tuple[int
     per_group = a.num_attention_heads // a.num_query_groups
     rotary = before.arguments["rotary_percent"]
     step = gcd(a.kv_channels, FP4_BLOCK)
-    for groups in range(1, a.num_query_groups + 1):
+    for groups in _few(a.num_query_groups):
         heads = groups * per_group
         if (
             (groups == 1) != (a.num_query_groups == 1)
@@ -208,7 +235,8 @@ def _attention_sizes(before: Architecture, layout: Layout) -> Iterator[tuple[int
             or (heads % layout.tp == 0) != (a.num_attention_heads % layout.tp == 0)
         ):
             continue
-        for channels in range(step, a.kv_channels + 1, step):
+        for times in _few(a.kv_channels // step):
+            channels = step * times
             if (
                 channels >= min(a.kv_channels, 2 * FP4_BLOCK)
                 and gcd(channels, FP4_BLOCK) == step
@@ -217,6 +245,11 @@ def _attention_sizes(before: Architecture, layout: Layout) -> Iterator[tuple[int
                 and _same_class(a.kv_width, groups * channels, unit)
             ):
                 yield heads, groups, channels
+
+
+def _few(most: int) -> Iterable[int]:
+    """1 to ``most``, or as many of them as any real model needs, and ``most``."""
+    return range(1, most + 1) if most <= _MOST else (*range(1, _MOST + 1), most)
 
 
 def _whole_rotary(channels: int, percent: float) -> bool:
@@ -232,8 +265,11 @@ def _nearest(
     step = gcd(hidden, unit)
     found: list[tuple[float, _Widths]] = []
     for heads, groups, channels in attention:
-        for size in range(step, budget + 1, step):
-            width = heads * channels
+        width = heads * channels
+        ideal = width * hidden // query // step
+        for size in (step * times for times in range(max(1, ideal - _NEAR), ideal + _NEAR)):
+            if size > budget:
+                break
             if _same_class(hidden, size, unit) and (width < size) == (query < hidden) and width != size:
                 distance = abs(log(width * hidden / (size * query)))
                 found.append((round(distance, 9), _Widths(heads, groups, channels, size)))
@@ -249,37 +285,79 @@ def _same_class(size: int, small: int, unit: int) -> bool:
 # ---- feed-forward sizes and vocabulary (S4, S5, S7, S8) ----
 
 
-def _with_widths(
-    before: Architecture, layout: Layout, widths: _Widths, fixed: Mapping[str, Any]
-) -> Architecture | None:
-    """The smallest architecture with these attention and hidden sizes that keeps S5, or None."""
-    sizes = dict(_free_sizes(before, layout, widths.hidden))
-    base = {
-        **fixed,
-        "hidden_size": widths.hidden,
-        "num_attention_heads": widths.heads,
-        "num_query_groups": widths.groups,
-        "kv_channels": widths.kv_channels,
-    }
-    left = named_sizes(before, layout)
-    ranked = []
-    # Parameters are linear in each size, so the sum weighted by the matrices it appears in ranks them.
-    weight = _weights(before, fixed)
-    for choice in product(*sizes.values()):
-        cost = sum(weight[dest] * size for dest, size in zip(sizes, choice, strict=True))
-        ranked.append((cost, sum(choice), choice))
-    for _, _, choice in sorted(ranked):
-        candidate = architecture(
-            before.arguments.replaced({**base, **dict(zip(sizes, choice, strict=True))})
-        )
-        if same_equalities(left, named_sizes(candidate, layout)):
-            return candidate
-    return None
+@dataclass(frozen=True)
+class _Search:
+    """The feed-forward sizes and vocabularies to try under one choice of attention and hidden sizes."""
+
+    before: Architecture
+    fixed: Mapping[str, Any]
+    sizes: Mapping[str, list[int]]
+    bound: int  # parameters with the smallest of each, which S5 may rule out
+
+    @classmethod
+    def of(
+        cls, before: Architecture, layout: Layout, widths: _Widths, fixed: Mapping[str, Any]
+    ) -> _Search | None:
+        sizes = dict(_free_sizes(before, layout, widths.hidden))
+        if not all(sizes.values()):
+            return None
+        fixed = {
+            **fixed,
+            "hidden_size": widths.hidden,
+            "num_attention_heads": widths.heads,
+            "num_query_groups": widths.groups,
+            "kv_channels": widths.kv_channels,
+        }
+        least = {dest: candidates[0] for dest, candidates in sizes.items()}
+        smallest = architecture(before.arguments.replaced({**fixed, **least}))
+        return cls(before, fixed, sizes, counts(smallest).total)
+
+    def run(self, left: Mapping[str, int], layout: Layout) -> Architecture | None:
+        """The smallest choice that keeps the equalities ``left`` (S5), or None.
+
+        Depth first with a bound: parameters are linear in each size, so the sum weighted by the
+        matrices it is in ranks the choices.
+        """
+        weight = _weights(self.before, self.fixed)
+        least = {dest: candidates[0] for dest, candidates in self.sizes.items()}
+        known = named_sizes(self._architecture(least), layout)
+        named_by = {dest: _named_by(self.before, dest) for dest in self.sizes}
+        free = {name for names in named_by.values() for name in names}
+        known = {name: size for name, size in known.items() if name not in free}
+        dests = list(self.sizes)
+        best: tuple[tuple[int, int], dict[str, int]] | None = None
+
+        def descend(chosen: dict[str, int], named: dict[str, int], rank: tuple[int, int]) -> None:
+            nonlocal best
+            if len(chosen) == len(dests):
+                best = (rank, chosen)
+                return
+            dest = dests[len(chosen)]
+            for size in self.sizes[dest]:
+                step = (rank[0] + weight[dest] * size, rank[1] + size)
+                if best is not None and step >= best[0]:
+                    break
+                more = {name: size * times for name, times in named_by[dest].items() if name in left}
+                if same_equalities({name: left[name] for name in (*named, *more)}, {**named, **more}):
+                    descend({**chosen, dest: size}, {**named, **more}, step)
+
+        if same_equalities({name: left[name] for name in known}, known):
+            descend({}, known, (0, 0))
+        return None if best is None else self._architecture(best[1])
+
+    def _architecture(self, sizes: Mapping[str, int]) -> Architecture:
+        return architecture(self.before.arguments.replaced({**self.fixed, **sizes}))
 
 
-def _free_sizes(
-    before: Architecture, layout: Layout, hidden: int
-) -> Iterator[tuple[str, list[int]]]:
+def _named_by(before: Architecture, dest: str) -> dict[str, int]:
+    """The names of S5 that a free size decides, and how many times it each is."""
+    if dest == "padded_vocab_size":
+        return {"vocabulary": 1}
+    role = {"moe_ffn_hidden_size": "expert ", "moe_shared_expert_intermediate_size": "shared "}.get(dest, "")
+    return {f"{role}ffn": 1, f"{role}fc1": 2 if before.arguments["swiglu"] else 1}
+
+
+def _free_sizes(before: Architecture, layout: Layout, hidden: int) -> Iterator[tuple[str, list[int]]]:
     moe = before.moe
     yield "ffn_hidden_size", _ffn_candidates(before, before.arguments["ffn_hidden_size"], hidden, layout.tp)
     if moe is not None:
@@ -289,35 +367,43 @@ def _free_sizes(
                 "moe_shared_expert_intermediate_size",
                 _ffn_candidates(before, moe.shared.ffn_hidden_size, hidden, layout.tp),
             )
-    unit = BLOCK * layout.tp
-    size, step = before.padded_vocab_size, gcd(before.padded_vocab_size, unit)
-    larger = size > before.hidden_size
-    vocabulary = (
-        small
-        for small in range(step, size + 1, step)
-        if _same_class(size, small, unit)
-        and (small > hidden) == larger
-        and (small == hidden) == (size == before.hidden_size)
-    )
-    yield "padded_vocab_size", list(islice(vocabulary, _CANDIDATES))
+    size = before.padded_vocab_size
+
+    def keeps_order(small: int) -> bool:
+        return (small > hidden, small == hidden) == (size > before.hidden_size, size == before.hidden_size)
+
+    least = hidden if size >= before.hidden_size else 1
+    yield "padded_vocab_size", _smallest_sizes(size, BLOCK * layout.tp, least, keeps_order)
 
 
 def _ffn_candidates(before: Architecture, ffn: int, hidden: int, ranks: int) -> list[int]:
-    unit = BLOCK * ranks
-    step = gcd(ffn, unit)
-    sizes = (
-        small
-        for small in range(step, ffn + 1, step)
-        if _same_class(ffn, small, unit) and ffn_ratio_kept(ffn, before.hidden_size, small, hidden)
+    least = ffn * hidden // (2 * before.hidden_size)
+    return _smallest_sizes(
+        ffn, BLOCK * ranks, least, lambda small: ffn_ratio_kept(ffn, before.hidden_size, small, hidden)
     )
-    return list(islice(sizes, _CANDIDATES))
+
+
+def _smallest_sizes(size: int, unit: int, least: int, keeps: Callable[[int], bool]) -> list[int]:
+    """The smallest few sizes that may replace ``size``, from about ``least`` on.
+
+    The real size is among them where it may: with it S5 can always be kept.
+    """
+    step = gcd(size, unit)
+    start = max(step, least // step * step)
+    fitting = (
+        small for small in range(start, size + 1, step) if _same_class(size, small, unit) and keeps(small)
+    )
+    found = list(islice(fitting, _CANDIDATES))
+    return [*found, size] if found and size not in found and keeps(size) else found
 
 
 def _weights(before: Architecture, fixed: Mapping[str, Any]) -> dict[str, int]:
     """How many matrix rows or columns of the hidden size each free size adds."""
     moe, layers = before.moe, fixed["num_layers"]
-    pattern = moe_layers(fixed.get("moe_layer_freq", before.arguments["moe_layer_freq"]), layers)
-    moe_count = sum(pattern) if moe is not None else 0
+    moe_count = 0
+    if moe is not None:
+        frequency = fixed.get("moe_layer_freq", before.arguments["moe_layer_freq"])
+        moe_count = sum(moe_layers(frequency, layers))
     matrices = {
         "ffn_hidden_size": (layers - moe_count) * _matrices(before.dense),
         "padded_vocab_size": 1 if before.tied_embeddings else 2,

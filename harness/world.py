@@ -6,16 +6,20 @@ that any number of cases can run in one process. There is no TCP port: a single 
 
 from __future__ import annotations
 
+import copy
 import gc
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import distributed
 
 from harness.errors import UsageError
 from harness.layout import Layout
+from harness.standins.output import import_foreign
 
 _BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 
@@ -27,6 +31,7 @@ def open_world(layout: Layout, device: torch.device, seed: int = 1234) -> Iterat
     Enter it inside ``standins.installed(device)``. Raises UsageError for a layout of more than one
     rank and where a world is open already.
     """
+    import_foreign()
     from megatron.core import parallel_state
 
     if layout.world_size > 1:
@@ -41,6 +46,7 @@ def open_world(layout: Layout, device: torch.device, seed: int = 1234) -> Iterat
         distributed.init_process_group(
             _BACKENDS[device.type], store=distributed.HashStore(), rank=0, world_size=1
         )
+        state = _globals(parallel_state)
         try:
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=layout.tp,
@@ -54,7 +60,18 @@ def open_world(layout: Layout, device: torch.device, seed: int = 1234) -> Iterat
             yield
         finally:
             parallel_state.destroy_model_parallel()
+            # That forgets some groups; what they refer to is gone all the same.
+            vars(parallel_state).update(state)
             distributed.destroy_process_group()
+
+
+def _globals(module: ModuleType) -> dict[str, Any]:
+    """The module's own variables, containers copied."""
+    return {
+        name: copy.copy(value)
+        for name, value in vars(module).items()
+        if name.startswith("_") and isinstance(value, int | float | str | list | dict | set | None)
+    }
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from harness.standins import attention, compilation, cuda, norms, nvfp4, rng
+from harness.standins.output import import_foreign
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ def no_transformer_engine(device: torch.device) -> bool:
 
 def have_transformer_engine() -> bool:
     """Whether Megatron could import Transformer Engine in this process."""
+    import_foreign()
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     return bool(HAVE_TE)
@@ -119,6 +121,7 @@ def installed(device: torch.device) -> Iterator[tuple[StandInRecord, ...]]:
 
     May be nested. Enter it before ``open_world``; a model built inside must not outlive it.
     """
+    import_foreign()
     with ExitStack() as stack:
         for row in STAND_INS:
             if row.applies(device):

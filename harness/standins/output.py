@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import TextIO
+
+# The packages whose import says much, in an order in which they load each other.
+_FOREIGN = (
+    "megatron.core",
+    "megatron.core.models.gpt",
+    "megatron.core.post_training.modelopt.gpt.model_specs",
+    "megatron.training.argument_utils",
+    "modelopt.torch.quantization",
+)
 
 
-@contextmanager
-def quiet_imports() -> Iterator[None]:
-    """Silence what Megatron and ModelOpt warn about while they are imported.
+def import_foreign() -> None:
+    """Import Megatron and ModelOpt without a word; costs nothing once they are loaded.
 
-    Missing Apex and Transformer Engine are what the stand-in records declare; the rest concerns
-    their own source text.
+    They warn that Apex and Transformer Engine are missing, which is what the stand-in records declare;
+    the rest concerns their own source text. A failing import raises as ever.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    with captured():
+        for name in _FOREIGN:
+            importlib.import_module(name)
 
 
 @contextmanager
@@ -28,19 +39,36 @@ def captured() -> Iterator[io.StringIO]:
     Exceptions pass through. What a subprocess or C code writes to the descriptors is not caught.
     """
     buffer = io.StringIO()
-    root = logging.getLogger()
     handler = logging.StreamHandler(buffer)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    handlers = root.handlers[:]
-    root.handlers[:] = [handler]
+    own = {logger: logger.handlers[:] for logger in _loggers() if logger.handlers}
+    for logger in own:
+        # What such a logger does not show itself goes on to the root.
+        logger.handlers[:] = [] if logger.propagate and logger is not logging.root else [handler]
+    logging.root.handlers[:] = [handler]
     try:
         with redirect_stdout(buffer), redirect_stderr(buffer), warnings.catch_warnings():
-            # The default display goes to sys.stderr, which is the buffer now.
             warnings.simplefilter("always")
             warnings.showwarning = _show
             yield buffer
     finally:
-        root.handlers[:] = handlers
+        logging.root.handlers[:] = []
+        for logger, handlers in own.items():
+            logger.handlers[:] = handlers
+        _repoint(buffer, sys.stderr)
+
+
+def _repoint(buffer: io.StringIO, stderr: TextIO) -> None:
+    """A library that set up its logging inside must not go on writing to the buffer."""
+    for logger in _loggers():
+        for handler in logger.handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is buffer:
+                handler.setStream(stderr)
+
+
+def _loggers() -> list[logging.Logger]:
+    named = logging.root.manager.loggerDict.values()
+    return [logging.root, *(logger for logger in named if isinstance(logger, logging.Logger))]
 
 
 def _show(

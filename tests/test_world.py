@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import gc
+import random
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import distributed
+
+from harness.errors import UsageError
+from harness.layout import Layout
+from harness.standins import installed
+from harness.standins.output import import_foreign
+from harness.world import open_world
+
+import_foreign()
+
+from megatron.core import parallel_state  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def stand_ins() -> Iterator[None]:
+    with installed(CPU):
+        yield
+
+
+def draw(seed: int) -> tuple[torch.Tensor, float]:
+    with open_world(Layout(), CPU, seed):
+        return torch.rand(4), random.random()
+
+
+def megatron_groups() -> dict[str, object]:
+    names = [name for name in vars(parallel_state) if name.isupper() and "_GROUP" in name]
+    return {name: vars(parallel_state)[name] for name in names if vars(parallel_state)[name] is not None}
+
+
+def test_one_rank_of_every_group() -> None:
+    with open_world(Layout(), CPU):
+        assert distributed.get_world_size() == 1
+        assert parallel_state.get_tensor_model_parallel_world_size() == 1
+        assert parallel_state.get_expert_model_parallel_world_size() == 1
+        assert parallel_state.is_pipeline_first_stage() and parallel_state.is_pipeline_last_stage()
+
+
+def test_closing_leaves_nothing() -> None:
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    before = megatron_groups()
+    tracker = megatron_random._CUDA_RNG_STATE_TRACKER
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    with open_world(Layout(), CPU):
+        assert megatron_groups().keys() > before.keys()
+    assert megatron_groups() == before
+    assert not distributed.is_initialized()
+    assert not parallel_state.model_parallel_is_initialized()
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert random.getstate() == python_state
+    assert megatron_random._CUDA_RNG_STATE_TRACKER is tracker
+
+
+def test_an_exception_closes_the_world() -> None:
+    with pytest.raises(ZeroDivisionError), open_world(Layout(), CPU):
+        1 / 0  # noqa: B018
+    assert not distributed.is_initialized()
+    assert gc.get_freeze_count() == 0
+
+
+def test_the_seed_decides_the_random_numbers() -> None:
+    (one, first), (same, second), (other, third) = draw(1), draw(1), draw(2)
+    assert torch.equal(one, same) and first == second
+    assert not torch.equal(one, other) and first != third
+
+
+def test_many_worlds_in_one_process() -> None:
+    for _ in range(30):
+        draw(1)
+    assert not distributed.distributed_c10d._world.pg_map
+    assert not distributed.distributed_c10d._world.pg_names
+
+
+def test_what_was_made_inside_is_collected() -> None:
+    def make() -> weakref.ref[torch.nn.Module]:
+        module = torch.nn.Linear(2, 2)
+        module.itself = module
+        return weakref.ref(module)
+
+    with open_world(Layout(), CPU):
+        reference = make()
+        assert reference() is not None
+    assert reference() is None
+
+
+def test_one_world_at_a_time() -> None:
+    with (
+        open_world(Layout(), CPU),
+        pytest.raises(UsageError, match="open already"),
+        open_world(Layout(), CPU),
+    ):
+        pass
+    assert not distributed.is_initialized()
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "ep2", "tp8,ep4,etp1,pp2"])
+def test_simulated_ranks_are_refused(layout: str) -> None:
+    with (
+        pytest.raises(UsageError, match="simulated ranks are not supported yet"),
+        open_world(Layout.parse(layout), CPU),
+    ):
+        pass
