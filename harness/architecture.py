@@ -138,7 +138,11 @@ MODELLED = frozenset(
 
 
 class NotAModel(Exception):
-    """The arguments lack a dimension without which no model can be described."""
+    """The arguments lack a dimension without which no model can be described; ``dest`` names it."""
+
+    def __init__(self, message: str, dest: str) -> None:
+        super().__init__(message)
+        self.dest = dest
 
 
 def architecture(arguments: Arguments) -> Architecture:
@@ -147,7 +151,7 @@ def architecture(arguments: Arguments) -> Architecture:
     for dest in ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"):
         _dimension(values, dest)
     if values["padded_vocab_size"] is None:
-        raise NotAModel("the vocabulary size is not known: set --padded-vocab-size")
+        raise NotAModel("the vocabulary size is not known: set --padded-vocab-size", "padded_vocab_size")
     attention = _attention(values)
     dense = Dense(_dimension(values, "ffn_hidden_size"), values["swiglu"], values["add_bias_linear"])
     moe = _moe(values) if values["num_experts"] else None
@@ -174,9 +178,13 @@ def _feed_forward(values: Mapping[str, Any], dense: Dense, moe: MoE | None) -> I
 def moe_layers(frequency: int | Sequence[int], num_layers: int) -> tuple[bool, ...]:
     """Which layers hold experts: every ``frequency``-th from the first, or the pattern as given."""
     if isinstance(frequency, int):
+        if frequency < 1:
+            raise NotAModel("--moe-layer-freq must be at least 1", "moe_layer_freq")
         return tuple(index % frequency == 0 for index in range(num_layers))
     if len(frequency) != num_layers:
-        raise NotAModel(f"--moe-layer-freq names {len(frequency)} layers, --num-layers {num_layers}")
+        raise NotAModel(
+            f"--moe-layer-freq names {len(frequency)} layers, --num-layers {num_layers}", "moe_layer_freq"
+        )
     return tuple(bool(entry) for entry in frequency)
 
 
@@ -223,14 +231,14 @@ _LARGEST = {"num_layers": 10_000, "num_attention_heads": 2**16, "num_experts": 2
 def _dimension(values: Mapping[str, Any], dest: str) -> int:
     value = values[dest]
     if not isinstance(value, int) or not 0 < value <= _LARGEST.get(dest, 2**24):
-        raise NotAModel(f"{dest} is {value!r}, which is no dimension of any model")
+        raise NotAModel(f"{dest} is {value!r}, which is no dimension of any model", dest)
     return value
 
 
 def _attention(values: Mapping[str, Any]) -> Attention:
     heads, groups = _dimension(values, "num_attention_heads"), _dimension(values, "num_query_groups")
     if heads % groups:
-        raise NotAModel(f"{heads} heads / {groups} groups is not whole")
+        raise NotAModel(f"{heads} heads / {groups} groups is not whole", "num_query_groups")
     return Attention(
         heads,
         groups,
@@ -245,7 +253,7 @@ def _moe(values: Mapping[str, Any]) -> MoE:
     gated, bias = values["swiglu"], values["add_bias_linear"]
     shared = values["moe_shared_expert_intermediate_size"]
     if values["moe_router_topk"] > values["num_experts"]:
-        raise NotAModel("--moe-router-topk is larger than --num-experts")
+        raise NotAModel("--moe-router-topk is larger than --num-experts", "moe_router_topk")
     return MoE(
         num_experts=_dimension(values, "num_experts"),
         moe_router_topk=_dimension(values, "moe_router_topk"),

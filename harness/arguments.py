@@ -224,7 +224,8 @@ def _ffn(r: _Resolution) -> None:
     hidden = r.values["hidden_size"]
     if r.values["ffn_hidden_size"] is None and hidden is not None:
         if r.values["swiglu"]:
-            size, how = int((4 * hidden * 2 / 3) / 64) * 64, "8/3 of --hidden-size, a multiple of 64"
+            # Megatron's int((4 * hidden * 2 / 3) / 64) * 64, in whole numbers of any size.
+            size, how = 8 * hidden // 192 * 64, "8/3 of --hidden-size, a multiple of 64"
         else:
             size, how = 4 * hidden, "4 times --hidden-size"
         r.derive("ffn_hidden_size", size, "ffn_hidden_size", f"--ffn-hidden-size is not set: {how}")
@@ -332,16 +333,20 @@ def _experts(r: _Resolution) -> None:
 
 
 def _vocabulary(r: _Resolution) -> None:
-    if r.values["padded_vocab_size"] is None and r.values["vocab_size"] is not None:
-        multiple = r.values["make_vocab_size_divisible_by"]
-        if multiple > 0:
-            padded = -(-r.values["vocab_size"] // multiple) * multiple
-            r.derive(
-                "padded_vocab_size",
-                padded,
-                "vocab_size",
-                f"--vocab-size padded to a multiple of {multiple}",
-            )
+    """``--vocab-size`` counts only where the tokenizer has no size of its own."""
+    size, multiple = r.values["vocab_size"], r.values["make_vocab_size_divisible_by"]
+    if r.values["padded_vocab_size"] is not None or size is None or multiple <= 0:
+        return
+    tokenizer = r.values["tokenizer_type"]
+    if tokenizer is not None and not tokenizer.startswith("Null"):
+        message = (
+            f"--vocab-size has no effect with {tokenizer}, which has a size of its own; "
+            "set --padded-vocab-size"
+        )
+        r.report("vocab_size", message, severity=Severity.WARNING, actual=size)
+        return
+    padded = -(-size // multiple) * multiple
+    r.derive("padded_vocab_size", padded, "vocab_size", f"--vocab-size padded to a multiple of {multiple}")
 
 
 # Order matters where Megatron's does: the layer count and ffn size before what is derived from them.

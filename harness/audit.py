@@ -32,14 +32,16 @@ def audit(
     """Audit one architecture. ``params`` are the published counts, None where nothing is published."""
     counted = counts(architecture)
     known = params or {}
-    published = {key: known[key] for key in ("total", "active") if isinstance(known.get(key), int)}
-    findings = [*_counts(counted, published, params is not None)]
+    published = {key: known[key] for key in ("total", "active") if type(known.get(key)) is int}
+    findings = [*_counts(counted, published, known, params is not None)]
     if recipe is not None:
         findings.extend(_blocks(architecture, layout, recipe))
     return Audit(counted, published, tuple(findings))
 
 
-def _counts(counted: Counts, published: Mapping[str, int], has_facts: bool) -> Iterator[Finding]:
+def _counts(
+    counted: Counts, published: Mapping[str, int], params: Mapping[str, Any], has_facts: bool
+) -> Iterator[Finding]:
     for key, actual in (("total", counted.total), ("active", counted.active)):
         if key in published and published[key] != actual:
             difference = actual - published[key]
@@ -47,9 +49,16 @@ def _counts(counted: Counts, published: Mapping[str, int], has_facts: bool) -> I
                 "audit",
                 Severity.ERROR,
                 f"{key} parameters: {published[key]:,} published, {actual:,} in this preset "
-                f"({difference:+,}, {difference / published[key]:+.2%})",
+                f"({difference:+,})",
                 expected=published[key],
                 actual=actual,
+            )
+        if key in params and key not in published:
+            yield Finding(
+                "audit",
+                Severity.ERROR,
+                f"the published count of {key} parameters is {params[key]!r}, which is no whole number",
+                actual=params[key],
             )
     if has_facts and "total" not in published:
         yield Finding(

@@ -8,11 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from harness.architecture import Architecture
+from harness.architecture import Architecture, NotAModel, architecture
 from harness.arguments import flag_for
+from harness.audit import audit
 from harness.case import CaseReport
 from harness.inventory import counts
+from harness.layout import Layout
 from harness.messages import aligned, lint_line
+from harness.pipeline import with_vocabulary
+from harness.preset import PresetFile, load_preset
+from harness.recipes import Recipe
+from harness.reference import facts_beside
 from harness.shrink import ShrinkPlan
 
 _UNITS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K"))
@@ -26,18 +32,31 @@ def human(number: int) -> str:
     return str(number)
 
 
-def summary(name: str, architecture: Architecture | None, has_reference: bool) -> dict[str, Any]:
+def full_size(file: PresetFile) -> Architecture | None:
+    """The architecture that a preset describes, None where it describes none."""
+    arguments = load_preset(file).arguments
+    if arguments is None:
+        return None
+    try:
+        return architecture(with_vocabulary(arguments, facts_beside(file.path)[0])[0])
+    except NotAModel:
+        return None
+
+
+def summary(file: PresetFile) -> dict[str, Any]:
     """One preset in one record: what ``harness list`` shows and its JSON holds."""
-    facts: dict[str, Any] = {"preset": name, "reference": has_reference, "kind": None}
-    if architecture is None:
+    facts: dict[str, Any] = {"preset": file.name, "kind": None}
+    facts["reference"] = facts_beside(file.path)[0] is not None
+    full = full_size(file)
+    if full is None:
         return facts
-    counted, attention, moe = counts(architecture), architecture.attention, architecture.moe
+    counted, attention, moe = counts(full), full.attention, full.moe
     return facts | {
-        "kind": architecture.kind,
+        "kind": full.kind,
         "parameters": counted.total,
         "active_parameters": counted.active,
-        "num_layers": architecture.num_layers,
-        "hidden_size": architecture.hidden_size,
+        "num_layers": full.num_layers,
+        "hidden_size": full.hidden_size,
         "num_attention_heads": attention.num_attention_heads,
         "num_query_groups": attention.num_query_groups,
         "num_experts": moe.num_experts if moe else None,
@@ -67,6 +86,28 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
         experts,
         reference,
     )
+
+
+def audit_text(files: Sequence[PresetFile], layouts: Sequence[Layout], recipes: Sequence[Recipe]) -> str:
+    """Parameter counts, and per recipe how many input dimensions it pads, at full size."""
+    header = ("preset", "layout", "parameters", "active", *(recipe.name for recipe in recipes))
+    rows = []
+    for file in files:
+        full = full_size(file)
+        for layout in layouts:
+            if full is None:
+                cells = ["unreadable", ""] + [""] * len(recipes)
+            else:
+                counted = counts(full)
+                cells = [f"{counted.total:,}", f"{counted.active:,}"]
+                cells += [_padded(full, layout, recipe) for recipe in recipes]
+            rows.append((file.name, str(layout), *cells))
+    return "\n".join(aligned(header, rows, right="parameters active"))
+
+
+def _padded(full: Architecture, layout: Layout, recipe: Recipe) -> str:
+    padded = len(audit(full, None, layout, recipe).findings)
+    return f"{padded} padded" if padded else "ok"
 
 
 def show_text(report: CaseReport, plan: ShrinkPlan | None) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from harness.errors import UsageError
+from harness.errors import UnsupportedModel
 from harness.finding import Finding, Severity
 from harness.layout import Layout
 from harness.standins import no_transformer_engine
@@ -108,11 +108,12 @@ def transformer_config(
     """Megatron's config of a model of any size; allocates nothing and needs no open world.
 
     ``arguments`` are Megatron's effective ones by argparse name. Megatron's own validation runs, and
-    what it raises comes through. Raises UsageError for a kind of model that is not supported yet.
+    what it raises comes through. Raises UnsupportedModel for a kind of model that is not supported yet.
     """
     for dest, supported in _NOT_YET.items():
         if arguments.get(dest, supported) != supported:
-            raise UsageError(f"{dest}={arguments[dest]!r} is not supported yet")
+            message = f"{dest} {arguments[dest]!r} makes a model that the harness cannot build yet"
+            raise UnsupportedModel(message, dest)
     import_foreign()
     from megatron.training.argument_utils import core_transformer_config_from_args
 
@@ -154,7 +155,42 @@ def _namespace(arguments: Mapping[str, Any], layout: Layout, device: torch.devic
     for override in OVERRIDES:
         if override.applies(device):
             values[override.dest] = override.value(layout)
+    for dest, derive in _VALIDATED.items():
+        values[dest] = derive(values)
     return argparse.Namespace(**values)
+
+
+def _unlisted(value: Any) -> Any:
+    """The only item of a list of one."""
+    return value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+
+
+# What Megatron's validate_args derives for TransformerConfig and ``arguments.resolve`` leaves alone: it
+# depends on the layout, or changes no shape and no number. Order matters.
+_VALIDATED: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    "bias_gelu_fusion": lambda values: values["bias_gelu_fusion"] and values["add_bias_linear"],
+    "apply_rope_fusion": lambda values: (
+        values["apply_rope_fusion"] and values["position_embedding_type"] == "rope"
+    ),
+    "moe_router_load_balancing_type": lambda values: _unlisted(values["moe_router_load_balancing_type"]),
+    "moe_aux_loss_coeff": lambda values: _unlisted(values["moe_aux_loss_coeff"]),
+    "tensor_parallel_num_weight_shards": lambda values: (
+        values["tensor_parallel_num_weight_shards"] or values["tensor_model_parallel_size"]
+    ),
+    "expert_tensor_parallel_num_weight_shards": lambda values: (
+        values["expert_tensor_parallel_num_weight_shards"] or values["expert_tensor_parallel_size"]
+    ),
+    "gtp_weight_remat_size": lambda values: (
+        values["tensor_parallel_num_weight_shards"] // values["tensor_model_parallel_size"]
+    ),
+    "expert_gtp_weight_remat_size": lambda values: (
+        values["expert_tensor_parallel_num_weight_shards"] // values["expert_tensor_parallel_size"]
+    ),
+    # ModelOpt supports no virtual pipeline, without which Megatron overlaps nothing.
+    "virtual_pipeline_model_parallel_size": lambda values: None,
+    "overlap_p2p_comm": lambda values: False,
+    "variable_seq_lengths": lambda values: False,
+}
 
 
 def build_model(

@@ -5,6 +5,7 @@ Plain records, no torch: they cross process boundaries and become JSON (``report
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -40,11 +41,9 @@ class Case:
     @property
     def repro(self) -> str:
         """The command line that runs this case again."""
-        tree = f" --presets {self.presets}" if self.presets else ""
-        return (
-            f"harness check {self.preset} --recipe {self.recipe} --layout {self.layout} "
-            f"--device {self.device}{tree}"
-        )
+        words = ["harness", "check", self.preset, "--recipe", self.recipe]
+        words += ["--layout", str(self.layout), "--device", self.device]
+        return shlex.join([*words, *(["--presets", self.presets] if self.presets else [])])
 
 
 @dataclass(frozen=True, slots=True)

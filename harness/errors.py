@@ -6,6 +6,7 @@ HarnessError
     UnknownRecipe
     UnknownLayout
     DeviceUnavailable
+  UnsupportedModel      a kind of model that the harness cannot build yet: a finding on its flag
   ReportError           a report file cannot be read or written: exit code 2
 """
 
@@ -34,6 +35,14 @@ class UnknownLayout(UsageError):
 
 class DeviceUnavailable(UsageError):
     """The device asked for is not on this machine."""
+
+
+class UnsupportedModel(HarnessError):
+    """A kind of model that the harness cannot build yet; ``dest`` is the argument that asks for it."""
+
+    def __init__(self, message: str, dest: str) -> None:
+        super().__init__(message)
+        self.dest = dest
 
 
 class ReportError(HarnessError):

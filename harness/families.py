@@ -33,6 +33,15 @@ class Unknown:
 
 
 @dataclass(frozen=True, slots=True)
+class NotModelled:
+    """Something that the publisher says of the model and that the harness cannot check: an error."""
+
+    dest: str
+    key: str
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """What the modeling code of one ``model_type`` does whatever the config says.
 
@@ -75,7 +84,7 @@ FAMILIES = (
 _BY_TYPE = {family.model_type: family for family in FAMILIES}
 
 Config = Mapping[str, Any]
-Item = Expectation | Unknown
+Item = Expectation | Unknown | NotModelled
 
 
 def find_family(config: Config) -> Family | None:
@@ -112,7 +121,12 @@ def _sizes(family: Family, config: Config) -> Iterator[Item]:
     )
     if isinstance(config.get("head_dim"), int):
         yield Expectation("kv_channels", config["head_dim"], "head_dim")
-    elif family.model_type in _HEAD_DIM_DIVIDES and isinstance(hidden, int) and isinstance(heads, int):
+    elif (
+        family.model_type in _HEAD_DIM_DIVIDES
+        and isinstance(hidden, int)
+        and isinstance(heads, int)
+        and heads
+    ):
         yield Expectation("kv_channels", hidden // heads, "hidden_size / num_attention_heads")
     else:
         yield Unknown("kv_channels", "head_dim")
@@ -189,18 +203,40 @@ def _rope(family: Family, config: Config) -> Iterator[Item]:
     elif kind == "llama3" and isinstance(scaling, Mapping):
         yield Expectation("use_rope_scaling", True, "rope_scaling")
         yield Expectation("rope_scaling_factor", scaling.get("factor"), "rope_scaling.factor")
+        for key, value in _LLAMA3_SCALING.items():
+            if scaling.get(key) != value:
+                yield NotModelled("use_rope_scaling", f"rope_scaling.{key}", scaling.get(key))
     else:
-        yield Unknown("use_rope_scaling", f"a rope scaling that the harness models ({kind})")
+        yield NotModelled("use_rope_scaling", "rope_scaling", kind)
     if kind != "llama3":
         yield Expectation("rotary_seq_len_interpolation_factor", None, "rope_scaling")
 
 
+# megatron-core's RotaryEmbedding scales with these, whatever the preset says.
+_LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def _windows(family: Family, config: Config) -> Iterator[Item]:
+    # Qwen publishes a window and a switch that is off; Mistral's families have no switch.
+    switched = config.get("use_sliding_window", family.model_type in _WINDOW_WITHOUT_SWITCH)
+    layers = config.get("layer_types")
+    layers = layers if isinstance(layers, list) else []
+    if (switched and config.get("sliding_window") is not None) or "sliding_attention" in layers:
+        yield NotModelled("window_size", "sliding_window", config.get("sliding_window"))
+
+
+_WINDOW_WITHOUT_SWITCH = frozenset({"mistral", "mixtral"})
+
+
 def _activation(family: Family, config: Config) -> Iterator[Item]:
-    if config.get("hidden_act") == "silu":
-        yield Expectation("swiglu", True, "hidden_act")
-        yield Expectation("squared_relu", False, "hidden_act")
-    else:
-        yield Unknown("swiglu", "a hidden_act that the harness models")
+    activation = config.get("hidden_act")
+    if activation is None:
+        yield Unknown("swiglu", "hidden_act")
+        return
+    yield Expectation("swiglu", activation == "silu", "hidden_act")
+    yield Expectation("squared_relu", False, "hidden_act")
+    if activation != "silu":
+        yield NotModelled("swiglu", "hidden_act", activation)
 
 
 def _experts(family: Family, config: Config) -> Iterator[Item]:
@@ -237,11 +273,16 @@ _NO_SUCH_ROUTING = (
 )
 
 
+# A published file is input too: no model has more layers.
+_MOST_LAYERS = 10_000
+
+
 def _moe_layers(family: Family, config: Config) -> Iterator[Item]:
     layers = config.get("num_hidden_layers")
-    if not isinstance(layers, int):
+    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    if not isinstance(layers, int) or not 0 < layers <= _MOST_LAYERS or not isinstance(dense, list):
+        yield Unknown("moe_layer_freq", "which layers hold experts")
         return
-    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
     pattern = tuple(
         int(index not in dense and isinstance(step, int) and step > 0 and (index + 1) % step == 0)
         for index in range(layers)
@@ -252,14 +293,14 @@ def _moe_layers(family: Family, config: Config) -> Iterator[Item]:
 
 def _inert(family: Family, config: Config) -> Iterator[Item]:
     """Differences that change nothing in an evaluation: warnings."""
-    for dest in ("attention_dropout", "hidden_dropout"):
-        value = config.get(dest, 0.0)
-        why = "dropout acts in training only"
-        yield Expectation(dest, value, "attention_dropout", Severity.WARNING, why)
+    why = "dropout acts in training only"
+    attention = config.get("attention_dropout", 0.0)
+    yield Expectation("attention_dropout", attention, "attention_dropout", Severity.WARNING, why)
+    yield Expectation("hidden_dropout", 0.0, family.source, Severity.WARNING, why)
     dtype = config.get("torch_dtype", config.get("dtype"))
-    if dtype == "bfloat16":
+    if isinstance(dtype, str):
         why = "the weights are loaded in another precision than published"
-        yield Expectation("bf16", True, "torch_dtype", Severity.WARNING, why)
+        yield Expectation("bf16", dtype == "bfloat16", "torch_dtype", Severity.WARNING, why)
 
 
 _TOPICS: tuple[Callable[[Family, Config], Iterator[Item]], ...] = (
@@ -268,6 +309,7 @@ _TOPICS: tuple[Callable[[Family, Config], Iterator[Item]], ...] = (
     _biases,
     _embeddings,
     _rope,
+    _windows,
     _activation,
     _experts,
     _inert,

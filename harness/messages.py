@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from harness.case import CaseReport, Outcome, StandInReport
@@ -82,11 +82,21 @@ def what_happened(report: CaseReport) -> str:
     """One line on a case: its reason, its first error, or what its last stage saw."""
     if report.reason:
         return report.reason.splitlines()[0]
-    errors = [finding for finding in report.findings if finding.is_error]
+    errors = distinct_errors(report)
     if errors:
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         return finding_text(errors[0], report.case.path) + more
     return report.stages[-1].detail if report.stages else ""
+
+
+def distinct_errors(report: CaseReport) -> list[Finding]:
+    """The errors of a case, less those that repeat without a place what an earlier stage said of a flag."""
+    found: list[Finding] = []
+    for finding in report.findings:
+        repeated = not finding.flag and any(finding.message == other.message for other in found)
+        if finding.is_error and not repeated:
+            found.append(finding)
+    return found
 
 
 def finding_text(finding: Finding, path: str) -> str:
@@ -109,6 +119,20 @@ def lint_line(finding: Finding, path: str) -> str:
     return f"{place}: {finding.severity}: {flag}{message}"
 
 
+def lint_text(reports: Sequence[CaseReport]) -> str:
+    """Every finding of these presets, a line each, and how many there were."""
+    found = [(finding, r.case.path) for r in reports for finding in (*distinct_errors(r), *_warnings(r))]
+    lines = [lint_line(finding, path) for finding, path in found]
+    errors = sum(finding.is_error for finding, _ in found)
+    counted = ((len(reports), "preset"), (errors, "error"), (len(found) - errors, "warning"))
+    presets, *rest = (f"{number} {noun}{'' if number == 1 else 's'}" for number, noun in counted)
+    return "\n".join([*lines, f"{presets}: {', '.join(rest)}"])
+
+
+def _warnings(report: CaseReport) -> list[Finding]:
+    return [finding for finding in report.findings if not finding.is_error]
+
+
 def failure_text(report: CaseReport) -> str:
     """Where, what is, what should be, and what to do, for one case that did not pass."""
     return "\n".join([*_body(report), f"  again: {report.case.repro}"])
@@ -126,21 +150,14 @@ def failures_text(reports: Iterable[CaseReport]) -> str:
 def _body(report: CaseReport) -> Iterator[str]:
     """The first finding on a module heads the block, as it says what broke; flags say why."""
     preset, path = report.case.preset, report.case.path
-    errors = [finding for finding in report.findings if finding.is_error]
-    headline = next((finding for finding in errors if finding.module), None)
-    if report.reason:
-        yield f"{preset}  {report.reason}"
-    elif headline is not None:
+    errors = distinct_errors(report)
+    headline = None if report.reason else next((finding for finding in errors if finding.module), None)
+    if headline is not None:
         yield f"{preset}  {headline.message}"
     else:
-        yield f"{preset}  failed in {', '.join(dict.fromkeys(finding.stage for finding in errors))}"
-    shown = set()
-    for finding in errors:
-        # One stage may repeat, without a place, what another said of a flag.
-        if (finding is headline and not report.reason) or (not finding.flag and finding.message in shown):
-            continue
-        shown.add(finding.message)
-        yield f"  {finding_text(finding, path)}"
+        stages = ", ".join(dict.fromkeys(finding.stage for finding in errors))
+        yield f"{preset}  {report.reason or f'failed in {stages}'}"
+    yield from (f"  {finding_text(finding, path)}" for finding in errors if finding is not headline)
     if report.outcome is Outcome.ERROR and report.log:
         yield from (f"  | {line}".rstrip() for line in report.log.splitlines()[-_LOG_LINES:])
 
@@ -156,11 +173,19 @@ def skipped_text(reports: Iterable[CaseReport]) -> str:
 
 def warnings_text(reports: Iterable[CaseReport]) -> str:
     """Every warning, once per preset however many cases found it."""
+    return _each_once(reports, _warnings)
+
+
+def errors_text(reports: Iterable[CaseReport]) -> str:
+    """Every error, once per preset, a line each: for reports that are not of cases to run again."""
+    return _each_once(reports, distinct_errors)
+
+
+def _each_once(reports: Iterable[CaseReport], chosen: Callable[[CaseReport], list[Finding]]) -> str:
     lines = (
         f"{report.case.preset}  {finding_text(finding, report.case.path)}"
         for report in reports
-        for finding in report.findings
-        if not finding.is_error
+        for finding in chosen(report)
     )
     return "\n".join(dict.fromkeys(lines))
 
@@ -168,6 +193,12 @@ def warnings_text(reports: Iterable[CaseReport]) -> str:
 def stand_ins_text(records: Iterable[StandInReport]) -> str:
     """What stood in for what, and why."""
     return "\n".join(f"{record.target}: {record.replacement}. {record.reason}" for record in records)
+
+
+def stages_text(report: CaseReport) -> str:
+    """Every stage of one case: outcome, seconds and what it saw."""
+    rows = [(s.name, str(s.outcome), f"{s.seconds:.2f}", s.detail) for s in report.stages]
+    return "\n".join(aligned(("stage", "outcome", "seconds", "what"), rows, right="seconds"))
 
 
 def summary_line(reports: Sequence[CaseReport], seconds: float | None = None) -> str:

@@ -9,7 +9,7 @@ torch is imported by the stages that need it, so that linting stays light.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from harness.case import (
     StageReport,
     StandInReport,
 )
-from harness.errors import UsageError
+from harness.errors import UnsupportedModel, UsageError
 from harness.finding import Finding, Severity, has_errors
 from harness.invariants import SIZE_ARGUMENTS
 from harness.inventory import activations, counts, parameters
@@ -41,15 +41,16 @@ from harness.shrink import NoPlan, ShrinkPlan, shrink
 if TYPE_CHECKING:
     import torch
 
-# The stage whose success each stage needs; parse needs none.
-NEEDS = {
-    "reference": "parse",
-    "audit": "parse",
-    "config": "audit",
-    "shrink": "audit",
-    "build": "shrink",
-    "forward": "build",
-    "quantize": "forward",
+# The stages without whose result each stage has nothing to work on.
+NEEDS: Mapping[str, tuple[str, ...]] = {
+    "parse": (),
+    "reference": ("parse",),
+    "audit": ("parse",),
+    "config": ("audit",),
+    "shrink": ("audit",),
+    "build": ("config", "shrink"),
+    "forward": ("build",),
+    "quantize": ("forward",),
 }
 
 
@@ -59,47 +60,55 @@ class _Run:
 
     stages: list[StageReport] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
-    blocked: dict[str, str] = field(default_factory=dict)
+    blocked: set[str] = field(default_factory=set)
 
     @contextmanager
-    def stage(self, name: str, *, foreign: bool = False) -> Iterator[_Stage]:
-        """Run one stage unless what it needs is missing. ``foreign`` code's exceptions become findings."""
-        stage = _Stage()
+    def stage(self, name: str) -> Iterator[_Stage]:
+        """Run one stage; an exception out of it is the harness's own."""
+        stage = _Stage(name)
         start = perf_counter()
-        try:
-            yield stage
-        except (NotAModel, NoPlan) as error:
-            stage.findings.append(Finding(name, Severity.ERROR, str(error)))
-            stage.usable = False
-        except UsageError:
-            raise
-        except Exception as error:
-            if not foreign:
-                raise
-            stage.findings.append(_raised(name, error))
-            stage.usable = False
+        yield stage
         self.findings.extend(stage.findings)
         outcome = Outcome.FAILED if has_errors(stage.findings) else Outcome.PASSED
         self.stages.append(StageReport(name, outcome, perf_counter() - start, stage.detail))
         if not stage.usable:
-            self.blocked[name] = f"{name} gave nothing to go on with"
+            self.blocked.add(name)
 
     def can(self, name: str) -> bool:
         """Whether ``name`` can run; where it cannot, it is reported as skipped, with the reason."""
-        needed: str | None = NEEDS.get(name)
-        while needed is not None:
+        for needed in _all_needs(name):
             if needed in self.blocked:
-                self.stages.append(StageReport(name, Outcome.SKIPPED, 0.0, self.blocked[needed]))
+                reason = f"{needed} gave nothing to go on with"
+                self.stages.append(StageReport(name, Outcome.SKIPPED, 0.0, reason))
                 return False
-            needed = NEEDS.get(needed)
         return True
+
+
+def _all_needs(name: str) -> Iterator[str]:
+    """What a stage needs, and what that needs, earliest stage first."""
+    needs = set(NEEDS[name])
+    while wider := {more for need in needs for more in NEEDS[need]} - needs:
+        needs |= wider
+    return (stage for stage in STAGES if stage in needs)
 
 
 @dataclass
 class _Stage:
+    name: str
     findings: list[Finding] = field(default_factory=list)
     detail: str = ""
     usable: bool = True
+
+    @contextmanager
+    def foreign(self) -> Iterator[None]:
+        """Call Megatron or ModelOpt: what they raise is a finding, and the stage of no further use."""
+        try:
+            yield
+        except (UsageError, UnsupportedModel):
+            raise
+        except Exception as error:
+            self.findings.append(_raised(self.name, error))
+            self.usable = False
 
 
 @dataclass
@@ -192,12 +201,15 @@ def _read(run: _Run, file: PresetFile, layout: Layout, recipe: Recipe | None) ->
     if run.can("audit"):
         with run.stage("audit") as stage:
             assert seen.arguments is not None
-            stage.usable = False
-            seen.architecture = architecture(seen.arguments)
-            result = audit(seen.architecture, facts.params if facts else None, layout, recipe)
-            stage.usable = True
-            stage.findings.extend(result.findings)
-            stage.detail = f"{result.counts.total:,} parameters, {result.counts.active:,} active"
+            try:
+                seen.architecture = architecture(seen.arguments)
+            except NotAModel as error:
+                stage.findings.append(seen.arguments.finding(error.dest, str(error), stage="audit"))
+                stage.usable = False
+            else:
+                result = audit(seen.architecture, facts.params if facts else None, layout, recipe)
+                stage.findings.extend(result.findings)
+                stage.detail = f"{result.counts.total:,} parameters, {result.counts.active:,} active"
     return seen
 
 
@@ -239,10 +251,12 @@ def _shrink(run: _Run, full: Architecture | None, layout: Layout) -> ShrinkPlan 
     if run.can("shrink"):
         with run.stage("shrink") as stage:
             assert full is not None
-            stage.usable = False
-            plan = shrink(full, layout)
-            stage.usable = True
-            stage.detail = f"{counts(plan.after).total:,} parameters, S1 to S12 kept"
+            try:
+                plan = shrink(full, layout)
+                stage.detail = f"{counts(plan.after).total:,} parameters, S1 to S12 kept"
+            except NoPlan as error:
+                stage.findings.append(Finding("shrink", Severity.ERROR, str(error)))
+                stage.usable = False
     return plan
 
 
@@ -268,6 +282,7 @@ class _Model:
         self.plan: ShrinkPlan | None = None
         self.stand_ins: tuple[StandInReport, ...] = ()
         self.log = ""
+        self.quantize_log = ""
 
     def run_stages(self) -> None:
         if self.full is None:
@@ -288,18 +303,25 @@ class _Model:
                 self.plan = _shrink(self.run, self.full, self.case.layout)
                 self._in_world(device)
             finally:
-                self.log = log.getvalue()
+                self.log = log.getvalue() + self.quantize_log
 
     def _config(self, device: torch.device) -> None:
         from harness.build import transformer_config
 
-        with self.run.stage("config", foreign=True) as stage:
+        with self.run.stage("config") as stage:
             assert self.full is not None
-            transformer_config(self.full.arguments.values, self.case.layout, device)
-            stage.detail = "Megatron accepts the full size"
+            arguments = self.full.arguments
+            try:
+                with stage.foreign():
+                    transformer_config(arguments.values, self.case.layout, device)
+            except UnsupportedModel as error:
+                stage.findings.append(arguments.finding(error.dest, str(error), stage="config"))
+                stage.usable = False
+            if stage.usable:
+                stage.detail = "Megatron accepts the full size"
 
     def _in_world(self, device: torch.device) -> None:
-        if self.plan is None:
+        if self.plan is None or "config" in self.run.blocked:
             for name in ("build", "forward", "quantize"):
                 self.run.can(name)
             return
@@ -312,11 +334,13 @@ class _Model:
         from harness.build import build_model, compare_parameters, parameter_shapes
 
         model: Any = None
-        with self.run.stage("build", foreign=True) as stage:
-            model = build_model(small, self.case.layout, device)
+        with self.run.stage("build") as stage:
             expected = parameters(small)
-            stage.findings.extend(compare_parameters(expected, parameter_shapes(model)))
-            stage.detail = f"{len(expected)} parameters as in the inventory"
+            with stage.foreign():
+                model = build_model(small, self.case.layout, device)
+            if stage.usable:
+                stage.findings.extend(compare_parameters(expected, parameter_shapes(model)))
+                stage.detail = f"{len(expected)} parameters as in the inventory"
         if self.run.can("forward"):
             self._forward(device, small, model)
         if self.run.can("quantize"):
@@ -327,28 +351,28 @@ class _Model:
 
         length = min(trace.SEQUENCE_LENGTH, small.max_position_embeddings)
         tokens = trace.token_ids(small.padded_vocab_size, trace.BATCH_SIZE, length, device)
-        with self.run.stage("forward", foreign=True) as stage:
+        with self.run.stage("forward") as stage:
             expected = activations(small, sequence_length=length, batch_size=trace.BATCH_SIZE)
-            with trace.recording(model) as recorder:
-                try:
-                    logits = trace.forward(model, tokens)
-                except Exception:
-                    # The trace up to here says which shapes parted first.
-                    stage.findings.extend(trace.compare_trace(expected, recorder.trace()))
-                    raise
-            stage.findings.extend(trace.compare_trace(expected, recorder.trace()))
-            stage.findings.extend(trace.check_logits(logits, tokens, small.padded_vocab_size))
-            stage.detail = f"{len(expected)} modules as planned, logits finite"
+            with stage.foreign(), trace.recording(model) as recorder:
+                logits = trace.forward(model, tokens)
+            # Where the pass raised, the trace up to there says first which shapes parted.
+            stage.findings[:0] = trace.compare_trace(expected, recorder.trace())
+            if stage.usable:
+                stage.findings.extend(trace.check_logits(logits, tokens, small.padded_vocab_size))
+                stage.detail = f"{len(expected)} modules as planned, logits finite"
 
     def _quantize(self, device: torch.device, small: Architecture, model: Any) -> None:
         from harness.quantize import quantize
 
-        with self.run.stage("quantize", foreign=True) as stage:
-            result = quantize(model, self.recipe, small, device)
-            stage.findings.extend(result.findings)
-            error = "no error measured" if result.error is None else f"relative error {result.error:.3g}"
-            stage.detail = f"{len(result.matrices)} matrices, {result.quantizers} quantizers, {error}"
-            self.log += result.log
+        with self.run.stage("quantize") as stage:
+            result = None
+            with stage.foreign():
+                result = quantize(model, self.recipe, small, device)
+            if result is not None:
+                stage.findings.extend(result.findings)
+                error = "no error measured" if result.error is None else f"relative error {result.error:.3g}"
+                stage.detail = f"{len(result.matrices)} matrices, {result.quantizers} quantizers, {error}"
+                self.quantize_log = result.log
 
 
 def _raised(stage: str, error: Exception) -> Finding:
@@ -361,6 +385,3 @@ def _raised(stage: str, error: Exception) -> Finding:
 
 def _outcome(run: _Run) -> Outcome:
     return Outcome.FAILED if has_errors(run.findings) else Outcome.PASSED
-
-
-CheckFunction = Callable[[Case], CaseReport]

@@ -6,6 +6,7 @@ Nothing in a preset is ever executed, and nothing in it raises: whatever is wron
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,9 +119,9 @@ def find_presets(names: Iterable[str], root: Path) -> tuple[PresetFile, ...]:
 
 def _find(name: str, root: Path) -> Sequence[PresetFile]:
     path = Path(name)
-    if name.endswith(".sh") and path.exists():
+    if name.endswith(".sh") and os.path.lexists(path):
         return (preset_at(path),)
-    if path.is_dir():
+    if os.path.isdir(path):
         return discover(path)
     wanted = name.removesuffix(".sh").lower()
     known = discover(root)

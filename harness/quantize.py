@@ -296,7 +296,8 @@ def _bad_scales(model: nn.Module, matrices: Sequence[str]) -> Iterator[Finding]:
     for name in matrices:
         module = model.get_submodule(name)
         scale = getattr(getattr(module, "input_quantizer", None), "pre_quant_scale", None)
-        expected = tuple(module.weight.shape[-1:])
+        weight = module.get_parameter("weight")
+        expected = (weight.shape[-1],)
         if scale is None:
             yield _finding(name, f"has no pre_quant_scale, expected {by(expected)}", expected, None)
         elif scale.numel() != expected[0]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from harness.architecture import moe_layers
 from harness.arguments import Arguments, How
-from harness.families import Expectation, Family, Unknown, expectations, find_family
+from harness.families import Expectation, Family, NotModelled, Unknown, expectations, find_family
 from harness.finding import Finding, Severity
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
@@ -52,7 +52,7 @@ def facts_beside(preset: Path) -> tuple[Facts | None, tuple[Finding, ...]]:
                 if path.stat().st_size > _MAX_BYTES:
                     raise ValueError(f"larger than {_MAX_BYTES} bytes")
                 return read(path), ()
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 return None, (_finding(f"{name} cannot be read: {error}", Severity.ERROR),)
     return None, (
         _finding(
@@ -73,7 +73,10 @@ def _read_toml(path: Path) -> Facts:
     if not tables["config"]:
         raise ValueError("there is no [config] table")
     config = {key: value for key, value in tables["config"].items() if key != "null_keys"}
-    for key in tables["config"].get("null_keys", ()):
+    null_keys = tables["config"].get("null_keys", [])
+    if not isinstance(null_keys, list) or not all(isinstance(key, str) for key in null_keys):
+        raise ValueError("null_keys is not a list of keys")
+    for key in null_keys:
         config.setdefault(key, None)
     return Facts(
         path,
@@ -112,6 +115,16 @@ def _compare(arguments: Arguments, facts: Facts) -> Iterator[Finding]:
                 Severity.WARNING,
             )
             continue
+        if isinstance(item, NotModelled):
+            yield arguments.finding(
+                item.dest,
+                f"{item.key} {_say(item.value)} published, and the harness does not model it: nothing here "
+                "says whether the preset means the same",
+                stage="reference",
+                expected=item.value,
+                actual=arguments[item.dest],
+            )
+            continue
         finding = _check(arguments, item)
         if finding is None:
             continue
@@ -125,7 +138,7 @@ def _compare(arguments: Arguments, facts: Facts) -> Iterator[Finding]:
 
 def _check(arguments: Arguments, expectation: Expectation) -> Finding | None:
     dest, expected = expectation.dest, expectation.value
-    actual = _effective(arguments, dest)
+    actual = _effective(arguments, expectation)
     if _equal(actual, expected):
         return None
     origin = arguments.origin(dest)
@@ -148,21 +161,25 @@ def _check(arguments: Arguments, expectation: Expectation) -> Finding | None:
     )
 
 
-def _effective(arguments: Arguments, dest: str) -> Any:
-    """The value to compare: patterns layer by layer, sizes without effect as None."""
-    value = arguments[dest]
+def _effective(arguments: Arguments, expectation: Expectation) -> Any:
+    """The value to compare: patterns layer by layer, what has no effect as published."""
+    dest, value = expectation.dest, arguments[expectation.dest]
+    if dest.startswith("moe_") and not arguments["num_experts"]:
+        return expectation.value  # the missing experts are the finding
+    if dest == "padded_vocab_size" and value is None:
+        return expectation.value  # left to the tokenizer, see _vocabulary
     if dest == "moe_layer_freq":
-        return _pattern(value, arguments["num_layers"]) if arguments["num_experts"] else None
-    if dest in ("moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax"):
-        return value if arguments["num_experts"] else None
+        return _pattern(value, len(expectation.value))
+    if dest == "rotary_seq_len_interpolation_factor" and value == 1:
+        return None  # a factor of one interpolates nothing
     return value
 
 
 def _pattern(frequency: int | Sequence[int], num_layers: int) -> tuple[int, ...] | None:
-    if isinstance(frequency, int) and frequency < 1:
-        return None
-    length = num_layers if isinstance(frequency, int) else len(frequency)
-    return tuple(int(is_moe) for is_moe in moe_layers(frequency, length))
+    """Which of the published number of layers hold experts, so that a wrong number is named once."""
+    if isinstance(frequency, int):
+        return tuple(map(int, moe_layers(frequency, num_layers))) if frequency > 0 else None
+    return tuple(frequency)
 
 
 def _vocabulary(arguments: Arguments, config: Mapping[str, Any]) -> Iterator[Finding]:
@@ -208,8 +225,6 @@ def _token_ids(config: Mapping[str, Any]) -> Iterator[int]:
 def _equal(actual: Any, expected: Any) -> bool:
     if isinstance(actual, bool) or isinstance(expected, bool):
         return actual is expected
-    if isinstance(actual, int | float) and isinstance(expected, int | float):
-        return float(actual) == float(expected)
     return bool(actual == expected)
 
 

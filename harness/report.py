@@ -12,7 +12,7 @@ import platform
 import stat
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from importlib import metadata
 from pathlib import Path
@@ -69,7 +69,7 @@ def to_json(reports: Sequence[CaseReport], env: Mapping[str, Any] | None = None)
     return {
         "schema": SCHEMA,
         "environment": dict(environment() if env is None else env),
-        "stand_ins": [asdict(record) for record in stand_ins(reports)],
+        "stand_ins": _plain(stand_ins(reports)),
         "results": [result_to_json(report) for report in reports],
     }
 
@@ -86,10 +86,10 @@ def result_to_json(report: CaseReport) -> dict[str, Any]:
         "device": case.device,
         "outcome": str(report.outcome),
         "seconds": round(report.seconds, 3),
-        "stages": [_plain(asdict(stage)) for stage in report.stages],
-        "findings": [_plain(asdict(finding)) for finding in report.findings],
+        "stages": _plain(report.stages),
+        "findings": _plain(report.findings),
         "stand_ins": [record.target for record in report.stand_ins],
-        "shrink": None if report.shrink is None else _plain(asdict(report.shrink)),
+        "shrink": _plain(report.shrink),
         "repro": case.repro,
         "reason": report.reason,
         "log": report.log,
@@ -97,13 +97,15 @@ def result_to_json(report: CaseReport) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value in JSON's own types; what JSON has no word for becomes text."""
+    """A value, a record too, in JSON's own types; what JSON has no word for becomes text."""
     if isinstance(value, Enum):
         return str(value)
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {entry.name: _plain(getattr(value, entry.name)) for entry in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -115,6 +117,8 @@ def from_json(document: Any, source: str = "report") -> tuple[CaseReport, ...]:
     """The case reports of a document. Raises ReportError, naming ``source``, where it is none."""
     if not isinstance(document, dict) or "results" not in document:
         raise ReportError(f"{source} is not a harness report: it has no 'results'")
+    if not isinstance(document["results"], list):
+        raise ReportError(f"{source} is not a harness report: 'results' is no list")
     if document.get("schema") != SCHEMA:
         raise ReportError(
             f"{source} has schema {document.get('schema')!r}, and this harness reads schema {SCHEMA}"
@@ -227,8 +231,10 @@ def _umask() -> int:
 
 
 def exit_code(reports: Iterable[CaseReport]) -> int:
-    """0: all passed or were skipped; 1: a preset has errors; 2: the harness failed, or nothing ran."""
+    """0: what ran passed; 1: a preset has errors; 2: the harness failed, or nothing ran."""
     outcomes = {report.outcome for report in reports}
-    if not outcomes or Outcome.ERROR in outcomes:
+    if Outcome.ERROR in outcomes:
         return 2
-    return 1 if Outcome.FAILED in outcomes else 0
+    if Outcome.FAILED in outcomes:
+        return 1
+    return 0 if Outcome.PASSED in outcomes else 2

@@ -1,15 +1,13 @@
-"""Bash text to the variables it would set, and each variable to the words it hands to a command; nothing is run.
+"""Bash text to the variables it sets, and each variable to the words it hands to a command. Nothing is run.
 
-A preset comes from strangers, so it is only read: ``tree-sitter-bash`` gives the structure, this module
-walks the assignments, tests and ifs that a preset may hold, and ``shell_expand`` reads the words. Either
-the values are exactly those that bash would have, or there is an error finding and no value at all.
+Presets come from strangers, so they are only read: tree-sitter-bash gives the structure, this module walks
+the assignments, tests and ifs that a preset may hold, ``shell_expand`` reads the words. Either the values
+are exactly those that bash would have, or there is an error finding and no value at all.
 """
 
 from __future__ import annotations
 
 import re
-from array import array
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,28 +20,30 @@ from harness.finding import Finding, Severity
 from harness.shell_expand import (
     BLANKS,
     INTEGER,
+    NAME,
+    ONLY,
     Context,
     Expander,
     Field,
     Refused,
     Source,
     Value,
+    is_lone_dollar,
+    join_lines,
     parameter,
 )
 
 ARGUMENT_VARIABLES = ("MODEL_ARGS", "MLM_EXTRA_ARGS")
 MAX_BYTES = 1 << 20
-MAX_DEPTH = 100  # nested syntax; a preset needs about ten
-MAX_CODE = (
-    8192  # characters of shell outside quotes and comments: the grammar's error recovery is quadratic in it
-)
+MAX_DEPTH = 50  # levels of the syntax tree; a preset has about ten
+MAX_CODE = 8192  # characters outside quotes and comments; recovery from errors takes their square in time
 
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """One argument after word splitting; line and column (from one, in characters) are its first character's.
+    """One argument after word splitting, with the place of its first character, from one.
 
-    ``quoted``: an array element written in quotes, which bash neither splits nor matches against files.
+    ``quoted``: an array element written in quotes, which bash does not match against files.
     """
 
     text: str
@@ -54,7 +54,7 @@ class Word:
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """The final value of a variable, and the words that $NAME, or "${NAME[@]}" of an array, hands to a command."""
+    """A variable's final value, and the words that $NAME, or "${NAME[@]}" of an array, hands to a command."""
 
     name: str
     text: str
@@ -66,150 +66,72 @@ class Variable:
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """The variables that a file sets, and what is wrong with it. None are told if its values cannot be."""
+    """The variables that a file sets, none if a value cannot be told, and what is wrong with the file."""
 
     variables: Mapping[str, Variable]
     findings: tuple[Finding, ...]
 
 
 def read_script(data: bytes, *, environment: Mapping[str, str] | None = None) -> Script:
-    """What bash would hold after sourcing ``data`` with ``environment`` set; never raises on any bytes."""
+    """What bash would hold after sourcing ``data`` with ``environment`` set; no input makes it raise."""
     if len(data) > MAX_BYTES:
-        return _only(1, 1, f"the file is larger than {MAX_BYTES} bytes: not read")
+        return Script({}, (_error(1, 1, f"the file is larger than {MAX_BYTES} bytes: it is not read"),))
     text = data.decode("utf-8", errors="surrogateescape")
-    places = _Places(text)
-    for pattern, message in _NOT_TEXT:
-        if found := pattern.search(text):
-            return _only(*places.of(found.start()), message)
-    source, weight, opened = _join_lines(text)
-    if weight > MAX_CODE:
-        return _only(1, 1, f"more than {MAX_CODE} characters of shell outside quotes: too much for a preset")
-    root = _parser().parse(re.sub(r"[^\x00-\x7f]", "%", source.text).encode()).root_node
-    findings = _Findings(places)
+    source, weight, opened = join_lines(text)
+    unreadable = _unreadable(text, weight, opened)
+    # one byte for each character, so that the tree's bytes count characters
+    masked = "" if unreadable else re.sub(r"[^\x00-\x7f]", "%", source.text)
+    root = _parser().parse(masked.encode()).root_node
     if root.has_error and opened is not None:
-        findings.error(opened, f"the quote {text[opened]} that opens here is never closed")
-        return Script({}, findings.all())
-    for index, message in _syntax_faults(root, source):
-        findings.error(_offset(source, index), message)
-    if findings.all():
-        return Script({}, findings.all())
-    interpreter = _Interpreter(source, findings, environment or {})
-    interpreter.run(root)
-    held = {} if interpreter.expander.broken else interpreter.expander.variables
-    variables = {
-        name: _variable(name, value, places, source) for name, value in held.items() if value.from_file
-    }
-    for name in ARGUMENT_VARIABLES:
-        if name in variables:
-            _check_words(variables[name], findings)
-    return Script(variables, findings.all())
+        unreadable = opened, _NEVER_CLOSED.format(text[opened])
+    if unreadable:
+        return Script({}, (_error(*source.place(unreadable[0]), unreadable[1]),))
+    findings = [_at(source, index, message) for index, message in _syntax_faults(root, source)]
+    variables: dict[str, Variable] = {}
+    if not findings:
+        interpreter = _Interpreter(source, environment or {})
+        interpreter.run(root)
+        findings = interpreter.findings
+        if not interpreter.expander.broken:
+            held = interpreter.expander.variables.items()
+            variables = {name: _variable(name, value, source) for name, value in held if value.from_file}
+    for name in sorted(variables.keys() & set(ARGUMENT_VARIABLES)):
+        findings += _word_faults(variables[name])
+    ordered = sorted(dict.fromkeys(findings), key=lambda finding: (finding.line or 0, finding.column or 0))
+    return Script(variables, tuple(ordered))
 
-
-# The file and its places
 
 _NOT_TEXT = (
-    (
-        re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\udc80-\udcff]"),
-        "not a text file: a byte that is no UTF-8 text",
-    ),
+    (re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\udc80-\udcff]"), "not a text file: this byte is no text"),
     (re.compile(r"\A\ufeff"), "a byte order mark: bash takes it for a part of the first command"),
-    (re.compile(r"\r"), "a carriage return: bash keeps it in the words; save the file with Unix line ends"),
+    (re.compile(r"\r"), "a carriage return: bash keeps it in the words, so save with Unix line ends"),
 )
-
-# What quotes, comments and line continuations look like to bash, wherever they may begin.
-_QUOTING = re.compile(
-    r"""(?P<joined>\\\n)
-    | (?P<escaped>\\.)
-    | (?P<comment>(?<![^ \t\n;&|()<>])\#[^\n]*)
-    | (?P<single>\$'(?:[^'\\]|\\.)*+' | '[^']*+')
-    | (?P<double>"(?:[^"\\]|\\.)*+")
-    | (?P<opened>['"])
-    | (?P<plain>[^\\'"\#$]+ | [\#$\\])""",
-    re.VERBOSE | re.DOTALL,
-)
-_PAIR = re.compile(r"\\.", re.DOTALL)
-_SWALLOWED = re.compile(
-    r"\n[ \t]*[A-Za-z_]\w*\+?=", re.ASCII
-)  # an assignment inside a string: a quote was forgotten
-_EXPANSION_WEIGHT = 16
+_NEVER_CLOSED = "the quote {} that opens here is never closed"
 
 
-class _Places:
-    """Offsets in the file to line and column, both from one."""
-
-    def __init__(self, text: str) -> None:
-        self.starts = [0, *(match.end() for match in re.finditer("\n", text))]
-
-    def of(self, offset: int) -> tuple[int, int]:
-        line = bisect_right(self.starts, offset)
-        return line, offset - self.starts[line - 1] + 1
-
-
-class _Findings:
-    """Findings in the order of the file, the same one never twice."""
-
-    def __init__(self, places: _Places) -> None:
-        self.places = places
-        self.found: dict[tuple[int, int, str], Finding] = {}
-
-    def error(self, offset: int, message: str) -> None:
-        self.add(Severity.ERROR, *self.places.of(offset), message)
-
-    def warning(self, offset: int, message: str) -> None:
-        self.add(Severity.WARNING, *self.places.of(offset), message)
-
-    def add(self, severity: Severity, line: int, column: int, message: str) -> None:
-        self.found[line, column, message] = Finding("parse", severity, message, line=line, column=column)
-
-    def all(self) -> tuple[Finding, ...]:
-        return tuple(self.found[key] for key in sorted(self.found))
-
-
-def _only(line: int, column: int, message: str) -> Script:
-    return Script({}, (Finding("parse", Severity.ERROR, message, line=line, column=column),))
-
-
-def _offset(source: Source, index: int) -> int:
-    """An index in the joined text (its end included) to an offset in the file."""
-    if index < len(source.at):
-        return source.at[index]
-    return source.at[-1] + 1 if source.at else 0
-
-
-def _join_lines(text: str) -> tuple[Source, int, int | None]:
-    """Takes line continuations out as bash does before anything else; also how much code there is outside
-    quotes, and where a quote opens that never closes.
-    """
-    cuts: list[int] = []
-    weight, position, suspect = 0, 0, None
-    while match := _QUOTING.match(text, position):
-        kind, found, start, position = match.lastgroup, match[0], match.start(), match.end()
-        if kind == "opened":
-            return _cut(text, cuts), weight, start if suspect is None else suspect
-        if kind == "joined":
-            cuts.append(start)
-        elif kind == "double":
-            cuts += [start + pair.start() for pair in _PAIR.finditer(found) if pair[0] == "\\\n"]
-            weight += 2 + _EXPANSION_WEIGHT * (found.count("$") + found.count("`"))
-            if suspect is None and _SWALLOWED.search(found):
-                suspect = start
-        elif kind != "comment":
-            weight += sum(len(run) for run in found.split()) if kind == "plain" else 2
-    return _cut(text, cuts), weight, None
-
-
-def _cut(text: str, cuts: Sequence[int]) -> Source:
-    at, parts, position = array("I"), [], 0
-    for cut in [*cuts, len(text)]:
-        at.extend(range(position, cut))
-        parts.append(text[position:cut])
-        position = cut + 2
-    return Source("".join(parts), at)
+def _unreadable(text: str, weight: int, opened: int | None) -> tuple[int, str] | None:
+    for pattern, message in _NOT_TEXT:
+        if found := pattern.search(text):
+            return found.start(), message
+    if weight > MAX_CODE and opened is not None:
+        return opened, _NEVER_CLOSED.format(text[opened])
+    if weight > MAX_CODE:
+        return 0, f"more than {MAX_CODE} characters outside quotes are refused: no preset has so many"
+    return None
 
 
 @cache
 def _parser() -> tree_sitter.Parser:
     return tree_sitter.Parser(tree_sitter.Language(tree_sitter_bash.language()))
+
+
+def _error(line: int, column: int, message: str) -> Finding:
+    return Finding("parse", Severity.ERROR, message, line=line, column=column)
+
+
+def _at(source: Source, index: int, message: str, severity: Severity = Severity.ERROR) -> Finding:
+    line, column = source.place(source.offset(index))
+    return Finding("parse", severity, message, line=line, column=column)
 
 
 # What the syntax tree may hold
@@ -231,30 +153,28 @@ _REFUSED_NODES = {
     "translated_string": "a translated string",
     "subscript": "an array subscript",
     "brace_expression": "brace expansion",
-    "&": "a background job",
-    ";;": "`;;` outside of `case`",
 }
-_STRUCTURE = frozenset(
-    "program if_statement elif_clause else_clause list negated_command redirected_statement variable_assignments "
-    "declaration_command unset_command".split()
-)
-_KNOWN_NODES = _STRUCTURE | frozenset(
-    "variable_assignment variable_name comment command command_name test_command test_operator word number string "
-    "string_content raw_string ansi_c_string concatenation simple_expansion expansion arithmetic_expansion array "
-    "binary_expression unary_expression parenthesized_expression extglob_pattern regex".split()
-)
-_CLOSERS = frozenset(("fi", ")", "))", "}", "]", "]]", '"', "`", "done", "esac"))
+_REFUSED_TOKENS = {"&": "a background job", ";;": "`;;` outside of `case`"}
+_ONE_LINE = ("negated_command", "variable_assignments", "declaration_command", "unset_command")
+_STATEMENT_NODES = "program if_statement elif_clause else_clause list redirected_statement"
+_STRUCTURE = (*_ONE_LINE, *_STATEMENT_NODES.split())
+_OTHER_NODES = """
+    variable_assignment variable_name comment command command_name test_command test_operator word number
+    string string_content raw_string ansi_c_string concatenation simple_expansion expansion array regex
+    arithmetic_expansion binary_expression unary_expression parenthesized_expression extglob_pattern
+"""
+_KNOWN_NODES = frozenset((*_STRUCTURE, *_OTHER_NODES.split()))
+_CLOSERS = ("fi", ")", "))", "}", "]", "]]", '"', "`", "done", "esac")
 _COMMANDS = (":", "true", "test", "set")
-_ONLY = "is refused: a preset may only assign variables"
 
 
 def _syntax_faults(root: Node, source: Source) -> Iterator[tuple[int, str]]:
-    """Every place where the tree is broken, too deep, or holds what a preset may not; nothing inside one twice."""
+    """Every place where the tree is broken, too deep, or holds what a preset may not; nothing inside one."""
     stack = [(root, root, 0)]
     while stack:
         node, parent, depth = stack.pop()
         if depth > MAX_DEPTH:
-            yield node.start_byte, f"nested deeper than {MAX_DEPTH} levels"
+            yield node.start_byte, f"syntax nested deeper than {MAX_DEPTH} levels is refused"
             return
         if fault := _fault(node, parent, source):
             yield fault
@@ -265,58 +185,55 @@ def _syntax_faults(root: Node, source: Source) -> Iterator[tuple[int, str]]:
 def _fault(node: Node, parent: Node, source: Source) -> tuple[int, str] | None:
     start = node.start_byte
     if node.is_missing and node.type in _CLOSERS:
-        return parent.start_byte, f"what opens here is never closed: `{node.type}` is missing"
+        return parent.start_byte, f"a syntax error: what opens here lacks its `{node.type}`"
     if node.is_missing:
         return start, f"a syntax error: `{node.type}` is missing here"
     if node.type == "ERROR":
-        token = next((child for child in node.children if not child.is_named and child.type != ";"), node)
+        token = next(
+            (child for child in node.children if not child.is_named and child.type not in ";="), node
+        )
         return token.start_byte, f"a syntax error at `{source.of(token)[:40]}`"
-    if node.type == "subscript" and parent.type == "expansion":
-        return None
-    if node.type in _REFUSED_NODES and (node.is_named or parent.type in _STRUCTURE):
-        return start, f"{_REFUSED_NODES[node.type]} {_ONLY}"
-    if node.is_named and node.type not in _KNOWN_NODES:
-        return start, f"{node.type.replace('_', ' ')} {_ONLY}"
+    if not node.is_named:
+        refused = _REFUSED_TOKENS.get(node.type) if parent.type in _STRUCTURE else None
+        return (start, f"{refused} {ONLY}") if refused else None
+    if node.type in ("compound_statement", "test_command") and source.text.startswith("((", start):
+        return start, f"an arithmetic command {ONLY}"
+    if node.type in _REFUSED_NODES and (node.type, parent.type) != ("subscript", "expansion"):
+        return start, f"{_REFUSED_NODES[node.type]} {ONLY}"
+    if node.type not in _KNOWN_NODES and node.type != "subscript":
+        return start, f"{node.type.replace('_', ' ')} {ONLY}"
+    if node.type == "comment" and source.text[max(start - 1, 0)] not in "# \t\n;&|()":
+        return start, "a syntax error at `#`"
     if node.type == "command":
         return _command_fault(node, source)
-    if node.type == "test_command" and source.text.startswith("((", start):
-        return start, f"an arithmetic command {_ONLY}"
-    if node.type in ("simple_expansion", "expansion"):
-        return _parameter_fault(node, source)
+    if node.type in ("simple_expansion", "expansion") and not is_lone_dollar(node, source):
+        try:
+            parameter(source, node)
+        except Refused as refusal:
+            return refusal.index, refusal.message
     return _gap_fault(node, source) if node.type in _STRUCTURE else None
 
 
 def _command_fault(node: Node, source: Source) -> tuple[int, str] | None:
-    first = node.children[0]
-    name = source.of(first)
+    first, name = node.children[0], source.of(node.children[0])
+    for child in node.children:
+        if child.type.endswith("_redirect"):
+            return child.start_byte, f"{_REFUSED_NODES[child.type]} {ONLY}"
     if first.type == "variable_assignment":
-        return node.start_byte, f"an assignment before a command {_ONLY}"
+        return node.start_byte, f"an assignment before a command {ONLY}"
     if not name:
         return node.start_byte, "a syntax error: a command is missing here"
-    return None if name in _COMMANDS else (node.start_byte, f"the command `{name[:40]}` {_ONLY}")
-
-
-def _parameter_fault(node: Node, source: Source) -> tuple[int, str] | None:
-    if node.type == "simple_expansion" and source.text[node.start_byte + 1 :][:1] in BLANKS:
-        return None  # a lone dollar, which the grammar takes for an expansion
-    try:
-        parameter(source, node)
-    except Refused as refused:
-        return refused.offset, refused.message
-    return None
+    return None if name in _COMMANDS else (node.start_byte, f"the command `{name[:40]}` {ONLY}")
 
 
 def _gap_fault(node: Node, source: Source) -> tuple[int, str] | None:
-    """Between statements and keywords there may be blanks only: what the tree skipped is not skipped here."""
-    whole = node.type == "program"
-    position, end = (0, len(source.text)) if whole else (node.start_byte, node.end_byte)
-    for start, stop in [*((child.start_byte, child.end_byte) for child in node.children), (end, end)]:
-        gap = source.text[position:start]
-        if gap.strip(BLANKS):
-            return position + len(gap) - len(
-                gap.lstrip(BLANKS)
-            ), f"a syntax error at `{gap.strip(BLANKS)[:40]}`"
-        position = stop
+    """Between statements only blanks may stand: what the tree passed over is not passed over here."""
+    start, end = (0, len(source.text)) if node.type == "program" else (node.start_byte, node.end_byte)
+    blanks = " \t" if node.type in _ONE_LINE else BLANKS
+    for begin, after in [*((child.start_byte, child.end_byte) for child in node.children), (end, end)]:
+        if rest := source.text[start:begin].lstrip(blanks):
+            return begin - len(rest), f"a syntax error at `{rest[:40].strip()}`"
+        start = after
     return None
 
 
@@ -324,44 +241,44 @@ def _gap_fault(node: Node, source: Source) -> tuple[int, str] | None:
 
 _DECLARATIONS = {"declare": ("-a", "-x"), "typeset": ("-a", "-x"), "export": (), "readonly": ()}
 _ASSIGNMENT = re.compile(r"(?P<name>[A-Za-z_]\w*)(?P<append>\+?)=", re.ASCII)
-_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _SET_OPTIONS = re.compile(r"([ \t]+-([eux]+|[eux]*o[ \t]+pipefail))+")
+_FAILS = "this fails: a script that sources the preset under `set -e` ends here"
+_LAZY = re.compile(r"\$\{\w+:?[=?]", re.ASCII)
 
 
 class _Interpreter:
-    """Walks the statements that bash would run, in order; of those it would not, only the text is judged."""
+    """Walks the statements that bash would run; of those that it would not, only the text is judged."""
 
-    def __init__(self, source: Source, findings: _Findings, environment: Mapping[str, str]) -> None:
-        self.source, self.findings = source, findings
+    def __init__(self, source: Source, environment: Mapping[str, str]) -> None:
+        self.source = source
         self.expander = Expander(source, environment)
+        self.findings: list[Finding] = []
 
     def run(self, root: Node) -> None:
-        if not self._block(root.children) and not self.expander.broken:
-            last = [node for node in root.children if node.is_named and node.type != "comment"][-1]
-            self._warn_failing(last)
+        statements = [node for node in root.children if node.is_named and node.type != "comment"]
+        if not self._block(statements):
+            self._warn(statements[-1], _FAILS)
 
-    def _warn_failing(self, node: Node) -> None:
-        message = "this fails: a script that sources the preset under `set -e` ends here"
-        self.findings.warning(_offset(self.source, node.start_byte), message)
+    def _warn(self, node: Node, message: str) -> None:
+        self.findings.append(_at(self.source, node.start_byte, message, Severity.WARNING))
 
-    def _block(self, nodes: Sequence[Node], *, tested: bool = False) -> bool:
+    def _block(self, statements: Sequence[Node], *, condition: bool = False) -> bool:
         status = True
-        for node in nodes:
-            if node.is_named and node.type != "comment":
-                status = self._statement(node)
-                if not status and not tested and node.type in ("test_command", "command"):
-                    self._warn_failing(node)
+        for node in statements:
+            status = self._statement(node)
+            if not (status or condition) and node.type in ("test_command", "command"):
+                self._warn(node, _FAILS)
         return status
 
     def _statement(self, node: Node) -> bool:
-        """Runs one statement and tells its exit status; a refusal ends the reading of values, not of the text."""
+        """Runs one and tells its exit status. A refusal ends the reading of values, not of the text."""
         try:
             if node.type not in _STATEMENTS:
-                raise Refused(f"{node.type.replace('_', ' ')} {_ONLY}", node.start_byte)
+                raise Refused(f"{node.type.replace('_', ' ')} {ONLY}", node.start_byte)
             self._check_end(node)
             return _STATEMENTS[node.type](self, node)
         except Refused as refused:
-            self.findings.error(_offset(self.source, refused.offset), refused.message)
+            self.findings.append(_at(self.source, refused.index, refused.message))
             self.expander.broken = self.expander.dry = True
             return True
 
@@ -372,15 +289,15 @@ class _Interpreter:
 
     def _if(self, node: Node) -> bool:
         taken, chosen, status = False, False, True
-        for keyword, nodes in _sections(node):
+        for keyword, statements in _sections(node):
             if keyword in ("if", "elif"):
                 with self.expander.only_if(not taken):
-                    chosen = self._block(nodes, tested=True) and not taken
-            else:
-                with self.expander.only_if(chosen if keyword == "then" else not taken):
-                    result = self._block(nodes)
-                if chosen if keyword == "then" else not taken:
-                    taken, status = True, result
+                    chosen = self._block(statements, condition=True) and not taken
+                continue
+            chosen = chosen if keyword == "then" else not taken
+            with self.expander.only_if(chosen):
+                result = self._block(statements)
+            taken, status = taken or chosen, result if chosen else status
         return status
 
     def _list(self, node: Node) -> bool:
@@ -401,153 +318,162 @@ class _Interpreter:
             self._store(*self._assigned(child))
         return True
 
-    def _assigned(self, node: Node, *, braces: bool = False) -> tuple[str, bool, Value]:
-        match = _ASSIGNMENT.match(self.source.text, node.start_byte)
-        value = node.children[-1]
+    def _assigned(self, node: Node, *, declared: bool = False) -> tuple[str, bool, Value]:
+        """The name, whether it is +=, and the value."""
+        match, value = _ASSIGNMENT.match(self.source.text, node.start_byte), node.children[-1]
         if not match:
             raise Refused("a syntax error in an assignment", node.start_byte)
         self._check_end(node)
-        if value.type == "array" and value.start_byte == match.end():
-            fields = self.expander.elements(value)
+        is_array = value.type == "array" and value.start_byte == match.end()
+        if is_array:
+            inside = (value.start_byte + 1, value.end_byte - 1)
+            fields = self.expander.words(value, *inside, Context.ELEMENTS)
         else:
-            fields = [self.expander.scalar(node, match.end(), node.end_byte, braces=braces)]
-        return (
-            match["name"],
-            bool(match["append"]),
-            Value(tuple(fields), value.type == "array", node.start_byte),
-        )
+            fields = [self.expander.scalar(node, match.end(), node.end_byte, braces=declared)]
+        return match["name"], bool(match["append"]), Value(tuple(fields), is_array, node.start_byte)
 
     def _store(self, name: str, append: bool, value: Value) -> None:
-        old = self.expander.lookup(name, value.start) if append else None
-        if old:
-            value = self.expander.appended(old, value)
-        self.expander.assign(name, value, value.start)
+        self.expander.assign(name, self.expander.append(name, value) if append else value, value.start)
 
     def _declaration(self, node: Node) -> bool:
-        keyword, *rest = node.children
-        if keyword.type not in _DECLARATIONS:
-            raise Refused(
-                f"`{keyword.type}` is refused: it has no meaning outside a function", node.start_byte
-            )
-        options = [self.source.of(child) for child in rest if child.type == "word"]
-        assigned = [child for child in rest if child.type == "variable_assignment"]
-        names = [child for child in rest if child.type == "variable_name"]
-        for child in rest:
-            allowed = self.source.of(child) in _DECLARATIONS[keyword.type] if child.type == "word" else True
-            if not allowed or child.type not in ("word", "variable_assignment", "variable_name"):
-                message = (
-                    f"`{keyword.type} {self.source.of(child)[:40]}` is refused: only NAME=value is supported"
-                )
-                raise Refused(message, child.start_byte)
-        # bash expands every argument before it assigns the first
-        values = [self._assigned(child, braces=True) for child in assigned]
-        arrays = sum(value.is_array for _, _, value in values)
-        if (len(values) > 1 and arrays) or ("-a" in options and (names or arrays < len(values))):
-            raise Refused(f"`{keyword.type}` of arrays must hold one NAME=(...) alone", node.start_byte)
-        for child in rest:
-            name = self.source.of(child)
+        keyword, arguments = node.children[0].type, node.children[1:]
+        if keyword not in _DECLARATIONS:
+            raise Refused(f"`{keyword}` is refused: it has no meaning outside a function", node.start_byte)
+        targets: list[tuple[str, tuple[str, bool, Value] | None]] = []
+        options = set()
+        for child in arguments:
+            written = self.source.of(child)
             if child.type == "variable_assignment":
-                name = values[0][0]
-                self._store(*values.pop(0))
-            if keyword.type == "readonly" and not self.expander.dry:
+                assigned = self._assigned(child, declared=True)
+                targets.append((assigned[0], assigned))
+            elif child.type == "variable_name" and NAME.fullmatch(written):
+                targets.append((written, None))
+            elif child.type == "word" and written in _DECLARATIONS[keyword] and not targets:
+                options.add(written)
+            else:
+                raise Refused(f"`{keyword} {written[:40]}` is refused: write NAME=value", child.start_byte)
+        arrays = [given is not None and given[2].is_array for _, given in targets]
+        if not targets or (any(arrays) and len(arrays) > 1) or ("-a" in options and not all(arrays)):
+            raise Refused(f"`{keyword}` must hold names, or one array alone", node.start_byte)
+        for name, given in targets:  # only now: bash expands every argument before it assigns the first
+            if given:
+                self._store(*given)
+            if keyword == "readonly" and not self.expander.dry:
                 self.expander.readonly.add(name)
         return True
 
     def _unset(self, node: Node) -> bool:
-        for child in node.children[1:]:
+        for index, child in enumerate(node.children):
             name = self.source.of(child)
-            if name == "-v":
+            if (index, name) in ((0, "unset"), (1, "-v")):
                 continue
-            if not _NAME.fullmatch(name):
-                raise Refused(
-                    f"`unset {name[:40]}` is refused: only variable names are supported", child.start_byte
-                )
-            self.expander.unset(name, child.start_byte)
+            if not index or not NAME.fullmatch(name):
+                raise Refused(f"`unset` is refused at `{name[:40]}`: write plain names", child.start_byte)
+            self.expander.assign(name, None, child.start_byte)
         return True
 
     def _command(self, node: Node) -> bool:
         name, start = self.source.of(node.children[0]), node.children[0].end_byte
         if name == "set":
             return self._set(node, self.source.text[start : node.end_byte])
-        fields = self.expander.words(node, start, node.end_byte)
+        fields = self.expander.words(node, start, node.end_byte, Context.ARGUMENTS)
         return self._test(fields, node.start_byte) if name == "test" else True
 
     def _set(self, node: Node, options: str) -> bool:
         if not _SET_OPTIONS.fullmatch(options):
-            raise Refused("`set` is refused with anything but -e, -u, -x and -o pipefail", node.start_byte)
-        self.findings.warning(
-            _offset(self.source, node.start_byte), "`set` changes the shell that sources the preset"
-        )
-        if "u" in options.replace("pipefail", "") and not self.expander.dry:
+            raise Refused("`set` is refused but for -e, -u, -x and -o pipefail", node.start_byte)
+        self._warn(node, "`set` changes the shell of the script that sources the preset")
+        if "u" in options and not self.expander.dry:
             self.expander.nounset = True
         return True
 
     # Tests
 
     def _test_command(self, node: Node) -> bool:
-        double = self.source.text.startswith("[[", node.start_byte)
-        context = Context.TEST if double else Context.WORDS
-        fields = self.expander.words(node, node.start_byte, node.end_byte, context)
-        closers = [field.text for field in fields if field.literal][-1:]
-        if fields[0].text != ("[[" if double else "[") or closers != ["]]" if double else "]"]:
-            raise Refused("a syntax error in a test", node.start_byte)
+        start, double = node.start_byte, self.source.text.startswith("[[", node.start_byte)
+        context = Context.TEST if double else Context.ARGUMENTS
+        fields = self.expander.words(node, start, node.end_byte, context)
+        opener, closer = ("[[", "]]") if double else ("[", "]")
+        ends = [field.text for field in fields if field.literal and field.text in (opener, closer)]
+        if ends != [opener, closer] or fields[0].text != opener or fields[-1].text != closer:
+            raise Refused("a syntax error in a test", start)
         if not double:
-            return self._test(fields[1:-1], node.start_byte)
-        if lazy := re.search(r"\$\{\w+:?[=?]", self.source.of(node), re.ASCII):
-            raise Refused(
-                "an expansion that assigns or fails is refused inside [[ ]]", node.start_byte + lazy.start()
-            )
+            return self._test(fields[1:-1], start)
+        if lazy := _LAZY.search(self.source.of(node)):
+            raise Refused("an expansion that assigns or fails is refused in [[ ]]", start + lazy.start())
         _check_operators(fields)
-        return _Conditional(self, fields[1:-1], node.start_byte).value()
+        return self._any(fields[1:-1], start)
 
     def _test(self, fields: Sequence[Field], start: int) -> bool:
-        """test and [: bash decides by the number of arguments that are left after splitting."""
+        """[ and test go by the number of arguments that splitting leaves."""
         _check_operators(fields)
         for field in fields:
             if field.globs:
                 self.expander.undecidable("an unquoted * ? [ in a test is matched against files", field.start)
         return self._decide([field.text for field in fields], start)
 
-    def _decide(self, arguments: list[str], start: int) -> bool:
-        if len(arguments) <= 1:
-            return bool(arguments and arguments[0])
-        if len(arguments) == 3 and arguments[1] in _BINARY:
-            return self.binary(arguments[0], arguments[1], arguments[2], start)
-        if arguments[0] == "!" and len(arguments) <= 4:
-            return not self._decide(arguments[1:], start)
-        if len(arguments) == 2 and arguments[0] in _UNARY:
-            return self.unary(arguments[0], arguments[1], start)
-        self.expander.undecidable(f"bash cannot decide the test `{' '.join(arguments)[:60]}`", start)
+    def _decide(self, words: Sequence[str], start: int) -> bool:
+        if len(words) <= 1:
+            return bool(words and words[0])
+        if len(words) == 3 and words[1] in _BINARY:
+            return self._compare(words[0], words[1], words[2], start)
+        if words[0] == "!" and len(words) <= 4:
+            return not self._decide(words[1:], start)
+        if len(words) == 2 and words[0] in _UNARY:
+            return self._unary(words[0], words[1], start)
+        self.expander.undecidable(f"bash cannot decide the test `{' '.join(words)[:60]}`", start)
         return True
 
-    def unary(self, operator: str, operand: str, start: int) -> bool:
+    def _any(self, fields: Sequence[Field], start: int) -> bool:
+        """The inside of [[ ]]: words between && and ||; what these skip is not judged by its values."""
+        result = False
+        for alternative in _between(fields, "||"):
+            with self.expander.only_if(not result):
+                every = True
+                for term in _between(alternative, "&&"):
+                    with self.expander.only_if(every):
+                        every = self._term(term, start) and every
+                result = every or result
+        return result
+
+    def _term(self, term: Sequence[Field], start: int) -> bool:
+        if len(term) > 1 and term[0].literal and term[0].text == "!":
+            return not self._term(term[1:], start)
+        operator = term[len(term) - 2] if len(term) in (2, 3) else None
+        known = operator and operator.literal and operator.text in (_UNARY if len(term) == 2 else _BINARY)
+        if (len(term) != 1 and not known) or (len(term) == 1 and term[0].literal and term[0].text[0] in "-!"):
+            written = " ".join(field.text for field in term)
+            raise Refused(f"the test `{written[:60]}` is refused", term[0].start if term else start)
+        if len(term) == 3 and term[1].text in ("=", "==", "!=") and term[2].globs:
+            raise Refused("a pattern match is refused: quote the right side", term[2].start)
+        return self._decide([field.text for field in term], term[0].start)
+
+    def _unary(self, operator: str, operand: str, start: int) -> bool:
         if operator != "-v":
             return bool(operand) is (operator == "-n")
         if "[" in operand:
-            raise Refused(f"an array subscript {_ONLY}", start)
-        if not _NAME.fullmatch(operand):
-            self.expander.undecidable(f"`{operand[:40]}` is no variable name", start)
-            return True
+            raise Refused(f"an array subscript {ONLY}", start)
+        if not NAME.fullmatch(operand):
+            self.expander.undecidable(f"-v asks for a variable: `{operand[:40]}` is no name", start)
         value = self.expander.lookup(operand, start)
         return bool(value and value.fields)
 
-    def binary(self, left: str, operator: str, right: str, start: int) -> bool:
+    def _compare(self, left: str, operator: str, right: str, start: int) -> bool:
         compare = _BINARY[operator]
-        if operator in ("=", "==", "!="):
+        if not compare:
             return (left == right) is (operator != "!=")
         for operand in (left, right):
             if not INTEGER.fullmatch(operand):
-                self.expander.undecidable(
-                    f"{operator} compares integers: `{operand[:40]}` is not a plain one", start
-                )
+                self.expander.undecidable(f"{operator} needs plain integers: this is `{operand[:40]}`", start)
                 return True
         return compare(int(left), int(right))
 
 
-_BINARY: dict[str, Callable[[int, int], bool]] = {
-    "=": int.__eq__,
-    "==": int.__eq__,
-    "!=": int.__ne__,
+_UNARY = ("-z", "-n", "-v")
+_BINARY: dict[str, Callable[[int, int], bool] | None] = {
+    "=": None,
+    "==": None,
+    "!=": None,
     "-eq": int.__eq__,
     "-ne": int.__ne__,
     "-lt": int.__lt__,
@@ -555,101 +481,7 @@ _BINARY: dict[str, Callable[[int, int], bool]] = {
     "-gt": int.__gt__,
     "-ge": int.__ge__,
 }
-_UNARY = ("-z", "-n", "-v")
-_FILE_TESTS = frozenset(f"-{letter}" for letter in "bcdefghkprstuwxGLNORS") | {"-nt", "-ot", "-ef"}
-_OTHER_TESTS = {"-a": "-a in a test", "-o": "-o in a test", "=~": "a regular expression"}
-
-
-class _Conditional:
-    """Recursive descent over the words of [[ ]]; what && and || skip is not judged by its values."""
-
-    def __init__(self, interpreter: _Interpreter, fields: Sequence[Field], start: int) -> None:
-        self.interpreter, self.fields, self.start, self.index = interpreter, fields, start, 0
-        if len(fields) > MAX_DEPTH:
-            raise Refused(f"a test of more than {MAX_DEPTH} words is refused", start)
-
-    def value(self) -> bool:
-        result = self._any()
-        if self.index < len(self.fields):
-            raise Refused("a syntax error in a test", self.fields[self.index].start)
-        return result
-
-    def _is(self, text: str) -> bool:
-        field = self.fields[self.index] if self.index < len(self.fields) else None
-        found = bool(field and field.text == text and (field.operator or field.literal))
-        self.index += found
-        return found
-
-    def _word(self) -> Field:
-        if self.index >= len(self.fields) or self.fields[self.index].operator:
-            raise Refused("a syntax error in a test", self.start)
-        self.index += 1
-        return self.fields[self.index - 1]
-
-    def _any(self) -> bool:
-        result = self._all()
-        while self._is("||"):
-            with self.interpreter.expander.only_if(not result):
-                result = self._all() or result
-        return result
-
-    def _all(self) -> bool:
-        result = self._not()
-        while self._is("&&"):
-            with self.interpreter.expander.only_if(result):
-                result = self._not() and result
-        return result
-
-    def _not(self) -> bool:
-        if self._is("!"):
-            return not self._not()
-        if self._is("("):
-            result = self._any()
-            if not self._is(")"):
-                raise Refused("a syntax error in a test", self.start)
-            return result
-        word = self._word()
-        if word.literal and word.text in _UNARY:
-            return self.interpreter.unary(word.text, self._word().text, word.start)
-        following = self.fields[self.index] if self.index < len(self.fields) else None
-        if not following or following.operator:
-            return bool(word.text)
-        operator, right = self._word(), self._word()
-        if not operator.literal or operator.text not in _BINARY:
-            raise Refused(f"the test `{operator.text[:40]}` is refused", operator.start)
-        if right.globs and operator.text in ("=", "==", "!="):
-            raise Refused("a pattern match is refused: quote the right side", right.start)
-        return self.interpreter.binary(word.text, operator.text, right.text, operator.start)
-
-
-def _check_operators(fields: Sequence[Field]) -> None:
-    for field in fields:
-        if field.literal and field.text in _FILE_TESTS:
-            raise Refused(
-                f"the test `{field.text}` is refused: it depends on the machine's files", field.start
-            )
-        if field.literal and field.text in _OTHER_TESTS:
-            raise Refused(
-                f"{_OTHER_TESTS[field.text]} is refused: write plain tests with && or ||", field.start
-            )
-
-
-def _sections(node: Node) -> list[tuple[str, list[Node]]]:
-    """An if statement as (keyword, statements), flat: if, then, elif, then, else."""
-    sections: list[tuple[str, list[Node]]] = []
-    children = list(node.children)
-    for child in children:
-        for part in child.children if child.type in ("elif_clause", "else_clause") else [child]:
-            if not part.is_named and part.type in ("if", "then", "elif", "else"):
-                sections.append((part.type, []))
-            elif part.is_named and part.type != "comment":
-                sections[-1][1].append(part)
-    for keyword, nodes in sections:
-        if not nodes:
-            raise Refused(f"a syntax error: `{keyword}` without a command", node.start_byte)
-    return sections
-
-
+_FILE_TESTS = frozenset(("-nt", "-ot", "-ef", *(f"-{letter}" for letter in "bcdefghkprstuwxGLNORS")))
 _STATEMENTS: dict[str, Callable[[_Interpreter, Node], bool]] = {
     "variable_assignment": _Interpreter._assignments,
     "variable_assignments": _Interpreter._assignments,
@@ -663,58 +495,78 @@ _STATEMENTS: dict[str, Callable[[_Interpreter, Node], bool]] = {
 }
 
 
+def _sections(node: Node) -> list[tuple[str, list[Node]]]:
+    """An if statement laid flat: its keywords, each with the statements after it."""
+    sections: list[tuple[str, list[Node]]] = []
+    for child in node.children:
+        for part in child.children if child.type in ("elif_clause", "else_clause") else [child]:
+            if part.type in ("if", "elif", "then", "else"):
+                sections.append((part.type, []))
+            elif part.is_named and part.type != "comment":
+                sections[-1][1].append(part)
+    for keyword, statements in sections:
+        if not statements:
+            raise Refused(f"a syntax error: `{keyword}` without a command", node.start_byte)
+    return sections
+
+
+def _between(fields: Sequence[Field], operator: str) -> list[list[Field]]:
+    groups: list[list[Field]] = [[]]
+    for field in fields:
+        if field.operator and field.text == operator:
+            groups.append([])
+        else:
+            groups[-1].append(field)
+    return groups
+
+
+def _check_operators(fields: Sequence[Field]) -> None:
+    for field in fields:
+        if field.literal and field.text in _FILE_TESTS:
+            raise Refused(f"the test `{field.text}` is refused: it depends on files", field.start)
+        if field.literal and field.text in ("-a", "-o", "=~"):
+            raise Refused(f"`{field.text}` in a test is refused: write && or || between tests", field.start)
+
+
 # Words
 
 
-def _variable(name: str, value: Value, places: _Places, source: Source) -> Variable:
-    line, column = places.of(_offset(source, value.start))
+def _variable(name: str, value: Value, source: Source) -> Variable:
     words = []
     for field in value.fields:
-        if value.is_array:
-            at = field.at[0] if field.at else _offset(source, field.start)
-            words.append(Word(field.text, *places.of(at), field.quoted and not field.globs))
-        else:
-            found = re.finditer(r"[^ \t\n]+", field.text)
-            words += [Word(match[0], *places.of(field.at[match.start()]), False) for match in found]
+        found = [(field.text, 0)] if value.is_array else _split_scalar(field.text)
+        for text, position in found:
+            offset = field.at[position] if field.at else source.offset(field.start)
+            quoted = value.is_array and field.quoted and not field.globs
+            words.append(Word(text, *source.place(offset), quoted))
     text = " ".join(field.text for field in value.fields)
+    line, column = source.place(source.offset(value.start))
     return Variable(name, text, tuple(words), line, column, value.is_array)
 
 
-def _check_words(variable: Variable, findings: _Findings) -> None:
-    """Words that bash hands over as they are, and that their author cannot have meant."""
+def _split_scalar(text: str) -> list[tuple[str, int]]:
+    return [(match[0], match.start()) for match in re.finditer(r"[^ \t\n]+", text)]
+
+
+def _word_faults(variable: Variable) -> Iterator[Finding]:
+    """Words that bash hands over as they are, and that nobody can have meant."""
     if variable.is_array:
-        message = f"{variable.name} is an array: the scripts expand ${{{variable.name}}}, which is its first element"
-        findings.add(Severity.WARNING, variable.line, variable.column, message)
+        message = f"an array: the scripts expand ${{{variable.name}}}, which is its first element alone"
+        yield Finding("parse", Severity.WARNING, message, line=variable.line, column=variable.column)
     for word in variable.words:
-        for severity, wrong, message in _WORD_FAULTS:
-            if wrong(word):
-                findings.add(severity, word.line, word.column, message.format(word.text[:60]))
+        for severity, pattern, message in _WORD_FAULTS[:1] if word.quoted else _WORD_FAULTS:
+            if re.search(pattern, word.text):
+                message = message.format(word.text[:60])
+                yield Finding("parse", severity, message, line=word.line, column=word.column)
                 if severity is Severity.ERROR:
                     break
 
 
-_WORD_FAULTS: tuple[tuple[Severity, Callable[[Word], bool], str], ...] = (
-    (
-        Severity.ERROR,
-        lambda word: (
-            (word.text.endswith("\\") and not word.quoted)
-            or (bool(word.text) and not word.text.strip(BLANKS))
-        ),
-        "a stray backslash: the blank after it keeps bash from joining the lines, and `{}` reaches Megatron",
-    ),
-    (
-        Severity.ERROR,
-        lambda word: word.text.startswith("#") and not word.quoted,
-        "no comment can stand inside quotes: `{}` and what follows reach Megatron",
-    ),
-    (
-        Severity.WARNING,
-        lambda word: not word.quoted and bool(set(word.text) & set("'\"")),
-        "bash does not read quotes inside a value again: `{}` reaches Megatron with its quotes",
-    ),
-    (
-        Severity.WARNING,
-        lambda word: not word.quoted and bool(set(word.text) & set("*?[")),
-        "bash matches `{}` against the files of the working directory",
-    ),
+_STRAY = "a stray backslash: with a blank after it bash does not join the lines, and `{}` reaches Megatron"
+_WORD_FAULTS = (
+    (Severity.ERROR, r"^[ \t\n]+$", _STRAY),
+    (Severity.ERROR, r"\\$", _STRAY),
+    (Severity.ERROR, r"^#", "no comment can stand inside quotes: `{}` and what follows reach Megatron"),
+    (Severity.WARNING, r"['\"]", "bash reads no quotes inside a value: `{}` reaches Megatron with them"),
+    (Severity.WARNING, r"[*?[]", "bash matches `{}` against the files of the working directory"),
 )

@@ -1,119 +1,166 @@
-"""Bash words to the text and fields that bash makes of them, by rereading the source under bash's own rules.
+"""Bash words to the text and fields that bash makes of them, every character keeping its place in the file.
 
-The syntax tree only says where quotes and expansions begin and end. Everything between them is read
-here, character by character, and whatever this reading does not know, or the tree and the reading
-disagree on, is refused. Every character keeps its offset in the file through every expansion.
+The syntax tree only says where quotes and expansions begin and end. All that stands between them is read
+again here under bash's own rules; whatever these do not know, or where the two readings differ, is refused.
 """
 
 from __future__ import annotations
 
 import re
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from tree_sitter import Node
 
-MAX_EXPANDED = 1 << 20  # characters that all expansions of one file may copy, together
-MAX_ARITHMETIC = 200  # tokens in one arithmetic expansion
+MAX_EXPANDED = 1 << 20  # characters that the expansions of one file may copy, all together
+MAX_TERMS = 200  # numbers, names and operators in one arithmetic expansion
+ONLY = "is refused: a preset may only assign variables"
 BLANKS = " \t\n"  # bash's default IFS
-GLOBS = frozenset("*?[")
+NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,17})")  # 010 would be octal
 
-# Names that bash sets or obeys by itself, and names that make other programs run code.
+# Names that bash sets or obeys by itself, and names by which other programs load code.
 SHELL_OWN = re.compile(
-    r"_|BASH.*|COMP_.*|LC_.*|LD_.*|HIST.*|PS[0-4]|PYTHON(PATH|STARTUP|HOME|BREAKPOINT|INSPECT|WARNINGS)|IFS|PATH|HOME"
-    r"|USER|LOGNAME|CDPATH|ENV|PROMPT_COMMAND|SHELL|SHELLOPTS|SHLVL|LANG|LANGUAGE|E?UID|PPID|S?RANDOM|SECONDS"
-    r"|LINENO|EPOCH.*|FUNCNAME|FUNCNEST|GROUPS|DIRSTACK|OPT(ARG|IND|ERR)|PWD|OLDPWD|HOST(NAME|TYPE)|MACHTYPE|OSTYPE"
-    r"|TERM|TMPDIR|POSIXLY_CORRECT|GLOBIGNORE|EXECIGNORE|FIGNORE|IGNOREEOF|TMOUT|TIMEFORMAT|COLUMNS|LINES|REPLY"
-    r"|MAPFILE|COPROC|CHILD_MAX|INPUTRC|INSIDE_EMACS|MAIL.*|PIPESTATUS|READLINE_.*|TZ",
-    re.ASCII,
-)
-INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,17})")
-
-_PARAMETER = re.compile(
-    r"\$(?P<bare>[A-Za-z_]\w*)"
-    r"|\$\{(?P<length>\#)?(?P<name>[A-Za-z_]\w*)(?P<all>\[[@*]\])?(?P<operator>:?[-=?+])?",
-    re.ASCII,
-)
-_OTHER_EXPANSIONS = (
-    (r"\$\{!", "indirect expansion"),
-    (r"\$\{#?\w+\[[@*]\]\}", "the length of an array"),
-    (r"\$\{#?\w+\[(?![@*]\])", "an array subscript"),
-    (r"\$\{\w+(\[.\])?[#%]", "prefix or suffix removal"),
-    (r"\$\{\w+(\[.\])?/", "pattern substitution"),
-    (r"\$\{\w+\[.\]:?[-=?+]", "a default for an array"),
-    (r"\$\{\w+(\[.\])?:", "a substring"),
-    (r"\$\{\w+(\[.\])?[\^,]", "case modification"),
-    (r"\$\{\w+(\[.\])?@", "parameter transformation"),
-    (r"\$\{?\W|\$\{?[0-9]", "a special parameter"),
-    (r"", "this expansion"),
-)
-_UNQUOTED = re.compile(
-    r"(?P<blank>[ \t\n]+)|\\(?P<escaped>[^\n])|(?P<plain>[^ \t\n\\$`'\"&|;<>()]+|\$)|(?P<operator>&&|\|\||[&|;<>()])"
-)
-_IN_STRING = re.compile(r"\\(?P<escaped>[$`\"\\])|(?P<plain>[^\\$`\"]+|\\|\$)")
-_IN_QUOTED_OPERAND = re.compile(r"(?P<plain>[^\\$`'\"{}]+)")
-_EXPANDS_AFTER_DOLLAR = re.compile(r"[\w{(\['\"$!?*@#-]", re.ASCII)
-_EXPANDS_IN_STRING = re.compile(r"[\w{(\[$!?*@#-]", re.ASCII)
-_ANSI_ESCAPE = re.compile(
-    r"\\(?:([0-7]{1,3})|x([0-9A-Fa-f]{1,2})|[uU]([0-9A-Fa-f]{1,4})|(.))|[^\\]", re.DOTALL
-)
-_ANSI_LETTERS = dict(zip("abeEfnrtv\\'\"?", "\a\b\x1b\x1b\f\n\r\t\v\\'\"?", strict=True))
-_ARITHMETIC_GAP = re.compile(r"[\w \t\n+\-*/%()]*", re.ASCII)
-_ARITHMETIC_TOKEN = re.compile(r"[ \t\n]*(?:([0-9]+)|([A-Za-z_]\w*)|([-+*/%()]))", re.ASCII)
-_OPAQUE = frozenset(
-    (
-        "string",
-        "raw_string",
-        "ansi_c_string",
-        "simple_expansion",
-        "expansion",
-        "arithmetic_expansion",
-        "comment",
-    )
+    r"_|BASH.*|COMP_.*|LC_.*|LD_.*|HIST.*|PS[0-4]|PYTHON(PATH|STARTUP|HOME|BREAKPOINT|INSPECT|WARNINGS)|IFS|PATH"
+    r"|HOME|USER|LOGNAME|CDPATH|ENV|PROMPT_COMMAND|SHELL|SHELLOPTS|SHLVL|LANG|LANGUAGE|E?UID|PPID|S?RANDOM|SECONDS"
+    r"|LINENO|EPOCH.*|FUNCNAME|FUNCNEST|GROUPS|DIRSTACK|OPT(ARG|IND|ERR)|PWD|OLDPWD|HOST(NAME|TYPE)|MACHTYPE"
+    r"|OSTYPE|TERM|TMPDIR|POSIXLY_CORRECT|GLOBIGNORE|EXECIGNORE|FIGNORE|IGNOREEOF|TMOUT|TIMEFORMAT|COLUMNS|LINES"
+    r"|REPLY|MAPFILE|COPROC|CHILD_MAX|INPUTRC|MAIL.*|PIPESTATUS|READLINE_.*|TZ"
 )
 
 
 class Refused(Exception):
-    """Internal: bash's value cannot be told, or must not be; becomes one error finding."""
+    """Internal: bash's value cannot be told, or must not be. Becomes one error finding at ``index``."""
 
-    def __init__(self, message: str, offset: int) -> None:
+    def __init__(self, message: str, index: int) -> None:
         super().__init__(message)
-        self.message, self.offset = message, offset
+        self.message, self.index = message, index
+
+
+# The text
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Shell text with line continuations taken out, and where each character stands in the file."""
+    """Shell text without its line continuations; ``at`` holds where each character stands in the file."""
 
     text: str
     at: array[int]
+    line_starts: list[int]
 
     def of(self, node: Node) -> str:
         return self.text[node.start_byte : node.end_byte]
 
+    def offset(self, index: int) -> int:
+        if index < len(self.at):
+            return self.at[index]
+        return self.at[-1] + 1 if self.at else 0
 
-class Context(Enum):
-    """What a stretch of literal text is part of: it decides what is special there."""
+    def place(self, offset: int) -> tuple[int, int]:
+        """Line and column, both from one."""
+        line = bisect_right(self.line_starts, offset)
+        return line, offset - self.line_starts[line - 1] + 1
 
-    SCALAR = auto()  # NAME=here
-    WORDS = auto()  # array elements and arguments: blanks separate
-    TEST = auto()  # [[ here ]]: blanks separate, && || ( ) are operators
-    OPERAND = auto()  # ${NAME:-here}
-    STRING = auto()  # "here"
-    QUOTED_OPERAND = auto()  # "${NAME:-here}"
+
+_QUOTING = re.compile(
+    r"""(?P<joined>\\\n)
+    | (?P<escaped>\\.)
+    | (?P<comment>(?<![^ \t\n;&|()<>])\#[^\n]*)
+    | (?P<single>\$'(?:[^'\\]|\\.)*+' | '[^']*+')
+    | (?P<double>"(?:[^"\\]|\\.)*+")
+    | (?P<opened>['"])
+    | (?P<plain>[^\\'"\#$]+ | [\#$\\])""",
+    re.VERBOSE | re.DOTALL,
+)
+_SWALLOWED = re.compile(r"\n[ \t]*[A-Za-z_]\w*\+?=")  # an assignment inside a string: its end was forgotten
+_EXPANSION_WEIGHT = 16
+
+
+def join_lines(text: str) -> tuple[Source, int, int | None]:
+    """Takes line continuations out, as bash does before anything else.
+
+    Also tells how much code stands outside quotes, and the offset of a quote that is never closed.
+    """
+    cuts: list[int] = []
+    weight, position, suspect, opened = 0, 0, None, None
+    while opened is None and (match := _QUOTING.match(text, position)):
+        kind, found, start, position = match.lastgroup, match[0], match.start(), match.end()
+        if kind == "opened":
+            opened = start if suspect is None else suspect
+            weight += len(text) - start
+        elif kind == "joined":
+            cuts.append(start)
+        elif kind == "double":
+            pairs = re.finditer(r"\\.", found, re.DOTALL)
+            cuts += [start + pair.start() for pair in pairs if pair[0] == "\\\n"]
+            weight += 2 + _EXPANSION_WEIGHT * (found.count("$") + found.count("`"))
+            suspect = start if suspect is None and _SWALLOWED.search(found) else suspect
+        elif kind != "comment":
+            weight += len(re.sub(r"\s+", "", found)) if kind == "plain" else 2
+    at, parts, position = array("I"), [], 0
+    for cut in [*cuts, len(text)]:
+        at.extend(range(position, cut))
+        parts.append(text[position:cut])
+        position = cut + 2
+    line_starts = [0, *(match.end() for match in re.finditer("\n", text))]
+    return Source("".join(parts), at, line_starts), weight, opened
+
+
+# Words
 
 
 class Kind(Enum):
+    """What a piece of a word is to word splitting."""
+
     LITERAL = auto()  # as written, unquoted
     QUOTED = auto()
-    EXPANDED = auto()  # came out of an unquoted expansion: split on blanks
+    EXPANDED = auto()  # out of an unquoted expansion: split on blanks
     BLANK = auto()  # between two written words
     LIST = auto()  # an array's elements begin: "${A[@]}" of none makes no word at all
     BREAK = auto()  # between two elements of an array
     OPERATOR = auto()
+
+
+class Context(Enum):
+    """Where text stands decides what bash makes of it."""
+
+    SCALAR = auto()  # NAME=here
+    ARGUMENTS = auto()
+    ELEMENTS = auto()  # NAME=(here)
+    TEST = auto()  # [[ here ]]
+    DEFAULT = auto()  # ${NAME:-here}
+    STRING = auto()  # "here"
+    QUOTED_DEFAULT = auto()  # "${NAME:-here}"
+
+
+_IN_QUOTES = (Context.STRING, Context.QUOTED_DEFAULT)
+_SPLIT = (Context.ARGUMENTS, Context.ELEMENTS)
+_PLAIN = r"\\(?P<escaped>[^\n])|(?P<plain>[^ \t\n\\$`'\"&|;<>()]+"
+_LONE_DOLLAR = r"|\$(?![\w{(\['\"$!?*@#-])"
+# What may stand between quotes and expansions. Bash does not split a word that ends in a lone dollar.
+_TEXT = {
+    Context.SCALAR: re.compile(f"{_PLAIN}{_LONE_DOLLAR})", re.ASCII),
+    Context.ARGUMENTS: re.compile(rf"(?P<blank>[ \t]+)|{_PLAIN})"),
+    Context.ELEMENTS: re.compile(rf"(?P<blank>[ \t\n]+)|{_PLAIN})"),
+    Context.TEST: re.compile(rf"(?P<blank>[ \t]+)|(?P<operator>&&|\|\|)|{_PLAIN}{_LONE_DOLLAR})", re.ASCII),
+    Context.DEFAULT: re.compile(r"\\(?P<escaped>[^\n])|(?P<plain>[^\\$`'\"&|<>{}~]+)"),
+    Context.STRING: re.compile(
+        r"\\(?P<escaped>[$`\"\\])|(?P<plain>[^\\$`\"]+|\\(?!\n)|\$(?![\w{(\[$!?*@#-]))", re.ASCII
+    ),
+    Context.QUOTED_DEFAULT: re.compile(r"(?P<plain>[^\\$`'\"{}]+)"),
+}
+_KINDS = {"blank": Kind.BLANK, "operator": Kind.OPERATOR, "escaped": Kind.QUOTED}
+_OPAQUE = ("string", "raw_string", "ansi_c_string", "simple_expansion", "expansion", "arithmetic_expansion")
+# Unquoted, these mean more than they say; \0 stands for whatever is quoted or expanded.
+_HAZARDS = (
+    (re.compile(r"(?:^|:|.=)~"), "tilde expansion is refused: write the path out, or quote the ~"),
+    (re.compile(r"\{.*\}", re.DOTALL), "brace expansion is refused: write the words out, or quote them"),
+    (re.compile(r"^\[(?![\w,.+*-]*\](?!\+?=))"), "an array subscript is refused: quote the ["),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +173,14 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One word as bash holds it: ``quoted`` if any of it was, ``globs`` if an unquoted * ? [ is in it."""
+    """One word as bash holds it; ``literal`` if nothing of it was quoted or expanded."""
 
     text: str
     at: array[int]
     start: int
     quoted: bool = False
-    globs: bool = False
-    literal: bool = False  # neither quoted nor expanded: only such a word can be an operator of [[
+    globs: bool = False  # an unquoted * ? [ is in it
+    literal: bool = False
     operator: bool = False
 
 
@@ -148,9 +195,9 @@ class Value:
 
 
 class Expander:
-    """Reads words and knows the variables so far. Nothing but its own table is ever looked at or changed.
+    """Reads words, and holds the variables so far; it looks at nothing but these.
 
-    While ``dry`` (a branch not taken) only what is written is judged: variables are neither read nor set.
+    While ``dry``, as in a branch not taken, only the text is judged: variables are neither read nor set.
     """
 
     def __init__(self, source: Source, environment: Mapping[str, str]) -> None:
@@ -161,8 +208,8 @@ class Expander:
         }
         self.readonly: set[str] = set()
         self.nounset = False
-        self.dry = False
         self.broken = False  # something was refused: no value can be told any more
+        self.dry = False
         self._expanded = 0
 
     @contextmanager
@@ -174,420 +221,352 @@ class Expander:
         finally:
             self.dry = before or self.broken
 
-    def undecidable(self, message: str, offset: int) -> None:
-        """A fault of the values, not of the text: there is none in a branch that is not taken."""
+    def undecidable(self, message: str, index: int) -> None:
+        """A fault of the values and not of the text: there is none in a branch that is not taken."""
         if not self.dry:
-            raise Refused(message, offset)
-
-    def spend(self, characters: int, offset: int) -> None:
-        self._expanded += characters
-        if self._expanded > MAX_EXPANDED:
-            raise Refused(f"expansions grow past {MAX_EXPANDED} characters in all", offset)
-
-    # Words
+            raise Refused(message, index)
 
     def scalar(self, node: Node, start: int, end: int, *, braces: bool = False) -> Field:
-        """The right side of NAME=...: no splitting. ``braces``: bash expands {a,b} here."""
+        """The right side of NAME=..., never split. ``braces``: bash expands {a,b} here."""
         pieces = list(self._pieces(node, start, end, Context.SCALAR))
-        self._check_literals(pieces, braces=braces)
+        _check_unquoted(pieces, _HAZARDS[: 1 + braces])
         return _join(pieces, start)
 
-    def elements(self, node: Node) -> list[Field]:
-        return self.words(node, node.start_byte + 1, node.end_byte - 1, array=True)
-
-    def words(
-        self, node: Node, start: int, end: int, context: Context = Context.WORDS, *, array: bool = False
-    ) -> list[Field]:
-        """Array elements or arguments, after word splitting; in [[ ]] there is none, and operators are told apart."""
+    def words(self, node: Node, start: int, end: int, context: Context) -> list[Field]:
+        """Elements and arguments after word splitting; [[ ]] has none."""
         fields: list[Field] = []
-        for group in _groups(self._pieces(node, start, end, context)):
-            self._check_literals(group, braces=context is Context.WORDS)
-            if (
-                array
-                and group[0].kind is Kind.LITERAL
-                and re.match(r"\[(?![\w,.+*-]*\](?!\+?=))", group[0].text)
-            ):
-                raise Refused("an array subscript is refused: quote the `[`", group[0].start)
-            fields += _split(group) if context is Context.WORDS else [_join(group, group[0].start)]
+        for word in _written_words(self._pieces(node, start, end, context)):
+            _check_unquoted(word, _HAZARDS[: {Context.ELEMENTS: 3, Context.ARGUMENTS: 2}.get(context, 1)])
+            fields += _split(word) if context in _SPLIT else [_join(word, word[0].start)]
         return fields
-
-    def _check_literals(self, pieces: list[Piece], *, braces: bool) -> None:
-        opened = False
-        for index, piece in enumerate(pieces):
-            if piece.kind is not Kind.LITERAL:
-                continue
-            tilde = re.search(r"(?:^|[:=])~" if index == 0 else r"[:=]~", piece.text)
-            if tilde:
-                raise Refused("tilde expansion is refused: write the path out, or quote the ~", piece.start)
-            opened = opened or "{" in piece.text
-            if braces and opened and "}" in piece.text:
-                raise Refused(
-                    "brace expansion is refused: write the words out, or quote them", pieces[0].start
-                )
 
     def _pieces(self, node: Node, start: int, end: int, context: Context) -> Iterator[Piece]:
         position = start
         for child in _opaque(node, start, end, self.source):
-            yield from self._literal(position, child.start_byte, context)
+            yield from self._text(position, child.start_byte, context)
             yield from self._expand(child, context)
             position = child.end_byte
-        yield from self._literal(position, end, context)
+        yield from self._text(position, end, context)
 
-    def _literal(self, start: int, end: int, context: Context) -> Iterator[Piece]:
-        """Text that the tree says holds no quote and no expansion; anything that bash would see there is refused."""
-        text, position = self.source.text, start
-        token = {Context.STRING: _IN_STRING, Context.QUOTED_OPERAND: _IN_QUOTED_OPERAND}.get(
-            context, _UNQUOTED
-        )
-        quoted = token is not _UNQUOTED
+    def _text(self, position: int, end: int, context: Context) -> Iterator[Piece]:
+        kind = Kind.QUOTED if context in _IN_QUOTES else Kind.LITERAL
+        kind = Kind.EXPANDED if context is Context.DEFAULT else kind  # bash splits it like a variable's value
         while position < end:
-            match = token.match(text, position, end)
-            kind = match and match.lastgroup
-            after = text[position + 1 : position + 2]
-            special = _EXPANDS_IN_STRING if quoted else _EXPANDS_AFTER_DOLLAR
-            lone = match and match[0] == "$" and context not in (Context.WORDS, Context.OPERAND)
-            if (
-                not match
-                or (match[0] == "$" and (not lone or special.match(after)))
-                or (match[0] == "\\" and after == "\n")
-            ):
-                raise Refused(f"`{text[position]}` cannot be read here", position)
-            if kind == "plain" and context is Context.OPERAND and set(match[0]) & set("{}"):
-                raise Refused("a brace inside a default value must be quoted", position)
-            if (kind == "blank" and context is Context.SCALAR) or (
-                kind == "operator" and not _allowed(match[0], context)
-            ):
-                raise Refused(f"`{match[0].strip() or 'a blank'}` cannot stand here", position)
-            yield self._piece(match, position, context, quoted)
+            match = _TEXT[context].match(self.source.text, position)
+            group = (match and match.lastgroup) or ""
+            if not match or (match.end() > end and group != "blank"):
+                found = self.source.text[position]
+                wrong = (
+                    f"command substitution {ONLY}" if found == "`" else f"`{found}` is refused here: quote it"
+                )
+                raise Refused(wrong, position)
+            yield self._slice(_KINDS.get(group, kind), *match.span(group), position)
             position = match.end()
 
-    def _piece(self, match: re.Match[str], position: int, context: Context, quoted: bool) -> Piece:
-        begin, end = match.span(match.lastgroup or 0)
-        kind = Kind.QUOTED if quoted or match.lastgroup == "escaped" else Kind.LITERAL
-        if context in (Context.WORDS, Context.TEST):
-            kind = {"blank": Kind.BLANK, "operator": Kind.OPERATOR}.get(match.lastgroup or "", kind)
-        if context is Context.TEST and "\n" in match[0]:
-            raise Refused("a test must stand on one line", position)
-        if context is Context.OPERAND and kind is Kind.LITERAL:
-            if "~" in match[0]:
-                raise Refused("tilde expansion is refused: write the path out, or quote the ~", position)
-            kind = Kind.EXPANDED  # bash splits the unquoted part of a default value
-        return Piece(kind, self.source.text[begin:end], self.source.at[begin:end], position)
+    def _slice(self, kind: Kind, begin: int, end: int, start: int) -> Piece:
+        return Piece(kind, self.source.text[begin:end], self.source.at[begin:end], start)
+
+    def _made(self, text: str, kind: Kind, start: int, at: array[int] | None = None) -> Piece:
+        """What an expansion yields; a number or a value of the environment stands where it is expanded."""
+        self._expanded += len(text)
+        if self._expanded > MAX_EXPANDED:
+            self.undecidable(f"expansions grow past {MAX_EXPANDED} characters", start)
+        return Piece(kind, text, at or array("I", [self.source.at[start]]) * len(text), start)
 
     def _expand(self, node: Node, context: Context) -> Iterator[Piece]:
         start, end = node.start_byte, node.end_byte
-        if node.type == "comment":
-            if context is not Context.WORDS or not re.search(
-                r"(?<!\\)[ \t\n(]$", self.source.text[:start][-2:]
-            ):
-                raise Refused("`#` cannot be read here", start)
-            yield Piece(Kind.BLANK, "", array("I"), start)
-        elif node.type in ("simple_expansion", "expansion"):
+        written = self.source.of(node)
+        if node.type in ("simple_expansion", "expansion"):
             yield from self._parameter(node, context)
         elif node.type == "arithmetic_expansion":
-            kind = Kind.QUOTED if context in (Context.STRING, Context.QUOTED_OPERAND) else Kind.EXPANDED
-            yield self._made(str(self.arithmetic(node)), kind, start)
-        elif context in (Context.STRING, Context.QUOTED_OPERAND):
-            raise Refused(
-                "quotes inside a quoted default value are refused: bash reads them differently", start
-            )
+            kind = Kind.QUOTED if context in _IN_QUOTES else Kind.EXPANDED
+            yield self._made(str(self._arithmetic(node)), kind, start)
+        elif node.type == "comment" and context is Context.ELEMENTS:
+            if not re.search(r"(?<!\\)[ \t\n(]$", self.source.text[max(start - 2, 0) : start]):
+                raise Refused("`#` is refused here: quote it", start)
+            yield self._slice(Kind.BLANK, start, start, start)
+        elif context in _IN_QUOTES or node.type == "comment":
+            raise Refused("quotes are refused here: inside other quotes bash reads them differently", start)
         elif node.type == "string":
-            yield from self._string(node, start, end, context)
-        elif node.type == "raw_string":
-            if "'" in self.source.text[start + 1 : end - 1]:
-                raise Refused("`'` cannot be read here", start)
-            yield Piece(
-                Kind.QUOTED, self.source.text[start + 1 : end - 1], self.source.at[start + 1 : end - 1], start
-            )
-        else:
+            yield from self._string(node, context)
+        elif node.type == "raw_string" and re.fullmatch(r"'[^']*'", written):
+            yield self._slice(Kind.QUOTED, start + 1, end - 1, start)
+        elif node.type == "ansi_c_string" and re.fullmatch(r"\$'(?:[^'\\]|\\.)*'", written, re.DOTALL):
             yield self._ansi(node)
+        else:
+            raise Refused("a syntax error: this quote is read in two ways", start)
 
-    def _string(self, node: Node, start: int, end: int, context: Context) -> Iterator[Piece]:
-        lists = False
-        for piece in self._pieces(node, start + 1, end - 1, Context.STRING):
+    def _string(self, node: Node, context: Context) -> Iterator[Piece]:
+        start, lists = node.start_byte, False
+        for piece in self._pieces(node, start + 1, node.end_byte - 1, Context.STRING):
             lists = lists or piece.kind is Kind.LIST
-            if piece.kind is Kind.BREAK and context is not Context.WORDS:
-                yield Piece(Kind.QUOTED, " ", array("I", [self.source.at[piece.start]]), piece.start)
-            elif piece.kind is Kind.LIST and context is Context.OPERAND:
-                raise Refused("an array inside a default value is refused", piece.start)
-            else:
-                yield piece
+            if lists and context is Context.DEFAULT:
+                raise Refused("an array inside a default is refused", piece.start)
+            joins = piece.kind is Kind.BREAK and context not in _SPLIT
+            yield self._made(" ", Kind.QUOTED, start) if joins else piece
         if not lists:
-            yield Piece(Kind.QUOTED, "", array("I"), start)
+            yield self._slice(Kind.QUOTED, start, start, start)  # even "" makes a word
 
     def _ansi(self, node: Node) -> Piece:
         text, at = "", array("I")
-        if not re.fullmatch(r"\$'(?:[^'\\]|\\.)*'", self.source.of(node), re.DOTALL):
-            raise Refused("`$'` cannot be read here", node.start_byte)
         for match in _ANSI_ESCAPE.finditer(self.source.text, node.start_byte + 2, node.end_byte - 1):
-            octal, hexadecimal, unicode, letter = match.groups()
-            code = octal or hexadecimal or unicode
-            made = match[0]
-            if code:
-                number = int(code, 8 if octal else 16)
-                if not 1 < number < 127:
-                    raise Refused(
-                        f"the escape `{match[0]}` is refused: only ASCII is the same everywhere",
-                        match.start(),
-                    )
-                made = chr(number)
-            elif letter in _ANSI_LETTERS:
-                made = _ANSI_LETTERS[letter]
-            elif letter and letter in "xuUc":
-                raise Refused(f"the escape `{match[0]}` is refused", match.start())
+            made = _ANSI_LETTERS.get(match["letter"] or "", match[0])
+            digits = match["octal"] or match["hex"] or match["unicode"]
+            code = int(digits, 8 if match["octal"] else 16) if digits else 0
+            made = chr(code) if 1 < code < 127 else made
+            if (digits and not 1 < code < 127) or made in ("\\x", "\\u", "\\U", "\\c"):
+                raise Refused(f"the escape `{match[0]}` is refused: it is not plain ASCII", match.start())
             text += made
             at.extend([self.source.at[match.start()]] * len(made))
         return Piece(Kind.QUOTED, text, at, node.start_byte)
 
-    # Parameters
+    # Variables
 
-    def lookup(self, name: str, offset: int) -> Value | None:
-        value = self.variables.get(name)
-        if value is None and SHELL_OWN.fullmatch(name):
-            raise Refused(f"`{name}` is refused: its value depends on the machine", offset)
-        return None if self.dry else value
+    def lookup(self, name: str, index: int) -> Value | None:
+        if name not in self.variables and SHELL_OWN.fullmatch(name):
+            raise Refused(f"`{name}` is refused: its value depends on the machine", index)
+        return None if self.dry else self.variables.get(name)
+
+    def assign(self, name: str, value: Value | None, index: int) -> None:
+        """Sets a variable, or with None unsets it. A scalar given to an array is its first element."""
+        if SHELL_OWN.fullmatch(name):
+            raise Refused(f"changing `{name}` is refused: bash, or what it starts, obeys it", index)
+        if name in self.readonly:
+            self.undecidable(f"`{name}` is readonly", index)
+        if self.dry:
+            return
+        old = self.variables.pop(name, None)
+        if value and old and old.is_array and not value.is_array:
+            value = Value(value.fields + old.fields[1:], True, value.start)
+        if value:
+            self.variables[name] = value
+
+    def append(self, name: str, more: Value) -> Value:
+        """The value of NAME+=..."""
+        old = self.lookup(name, more.start)
+        if not old:
+            return more
+        starts = [field.start if old.from_file else more.start for field in old.fields]
+        parts = zip(old.fields, starts, strict=True)
+        copies = [self._made(field.text, Kind.QUOTED, start, field.at) for field, start in parts]
+        if more.is_array:
+            kept = zip(copies, old.fields, strict=True)
+            fields = [replace(field, at=copy.at, start=copy.start) for copy, field in kept]
+            return Value((*fields, *more.fields), True, more.start)
+        added = Piece(Kind.QUOTED, more.fields[0].text, more.fields[0].at, more.start)
+        return Value((_join([*copies[:1], added], more.start),), False, more.start)
 
     def _parameter(self, node: Node, context: Context) -> Iterator[Piece]:
         match, start = parameter(self.source, node), node.start_byte
-        quoted = context in (Context.STRING, Context.QUOTED_OPERAND)
-        kind = Kind.QUOTED if quoted else Kind.EXPANDED
+        kind = Kind.QUOTED if context in _IN_QUOTES else Kind.EXPANDED
         name, operator = match["bare"] or match["name"], match["operator"] or ""
         value = self.lookup(name, start)
-        if match["all"]:
-            yield from self._elements(value, match["all"] == "[@]" or not quoted, kind, start, context)
-            return
         held = value.fields[0] if value and value.fields else None
-        if held is None and self.nounset and not operator:
+        if match["all"]:
+            apart = match["all"] == "[@]" or kind is Kind.EXPANDED
+            yield from self._elements(value, apart, kind, start, context)
+            return
+        if operator:
+            present = held is not None and bool(held.text or ":" not in operator)
+            wanted = present if operator[-1] == "+" else not present
+            with self.only_if(wanted):
+                inner = Context.QUOTED_DEFAULT if context in _IN_QUOTES else Context.DEFAULT
+                default = list(self._pieces(node, match.end(), node.end_byte - 1, inner))
+            if wanted and operator[-1] in "-+":
+                yield from default
+            elif wanted and operator[-1] == "?":
+                self.undecidable(f"`{name}` must be set: {_join(default, start).text or 'it is not'}", start)
+            elif wanted:
+                held = _join(default, start)
+                self.assign(name, Value((held,), False, start), start)
+            held = None if operator[-1] == "+" or (wanted and operator[-1] == "-") else held
+        elif held is None and self.nounset:
             self.undecidable(f"`{name}` is not set, and `set -u` makes that fatal", start)
         if match["length"]:
             if held and not held.text.isascii():
-                raise Refused(f"the length of `{name}` depends on the locale: it is not ASCII", start)
-            yield self._made(str(len(held.text)) if held else "0", kind, start)
-            return
-        present = held is not None and bool(held.text or not operator.startswith(":"))
-        if operator:
-            use_operand = not present if operator[-1] != "+" else present
-            inner = Context.QUOTED_OPERAND if quoted else Context.OPERAND
-            with self.only_if(use_operand):
-                operand = list(self._pieces(node, match.end(), node.end_byte - 1, inner))
-            if use_operand and operator[-1] == "?":
-                message = _join(operand, start).text or "not set"
-                self.undecidable(f"`{name}` must be set: {message}", start)
-            elif use_operand and operator[-1] == "=":
-                held = _join(operand, start)
-                self.assign(name, Value((held,), False, node.start_byte), start)
-            elif use_operand:
-                yield from operand
-                held = None
-            elif operator[-1] == "+":
-                held = None
+                self.undecidable(f"the length of `{name}` depends on the locale: it is not ASCII", start)
+            held = Field(str(len(held.text) if held else 0), array("I"), start)
         known = held if held and not self.dry else Field("", array("I"), start)
-        # an empty "$X" makes a word by its quotes alone, and none beside an empty "${A[@]}"
+        # an empty "$X" makes a word by its quotes alone, and makes none beside an empty "${A[@]}"
         yield self._made(known.text, kind if known.text else Kind.EXPANDED, start, known.at)
 
     def _elements(
-        self, value: Value | None, separate: bool, kind: Kind, start: int, context: Context
+        self, value: Value | None, apart: bool, kind: Kind, start: int, context: Context
     ) -> Iterator[Piece]:
-        """${A[@]} and ${A[*]}: the elements with a break between, or joined by a space where bash joins them."""
-        if context in (Context.OPERAND, Context.QUOTED_OPERAND):
-            raise Refused("an array inside a default value is refused", start)
-        if separate:
-            yield Piece(Kind.LIST, "", array("I"), start)
+        """${A[@]} and ${A[*]}: a break between the elements, or a space where bash joins them."""
+        if context in (Context.DEFAULT, Context.QUOTED_DEFAULT):
+            raise Refused("an array inside a default is refused", start)
+        if apart:
+            yield self._slice(Kind.LIST, start, start, start)
         for index, field in enumerate(value.fields if value else ()):
-            if index and separate and context in (Context.STRING, Context.WORDS):
-                yield Piece(Kind.BREAK, "", array("I"), start)
-            elif index:
-                yield self._made(" ", kind, start)
+            if index:
+                breaks = apart and (context is Context.STRING or context in _SPLIT)
+                yield self._slice(Kind.BREAK, start, start, start) if breaks else self._made(" ", kind, start)
             yield self._made(field.text, kind, start, field.at)
 
-    def _made(self, text: str, kind: Kind, start: int, at: array[int] | None = None) -> Piece:
-        self.spend(len(text), start)
-        if not at:  # not from the file: an environment variable or a number stands where it is expanded
-            at = array("I", [self.source.at[start]]) * len(text)
-        return Piece(kind, text, at, start)
+    # Arithmetic: + - * / % and parentheses, 64 bits, truncating as C does
 
-    def assign(self, name: str, value: Value, offset: int) -> None:
-        if SHELL_OWN.fullmatch(name):
-            raise Refused(f"assigning `{name}` is refused: bash or the programs it starts obey it", offset)
-        if name in self.readonly:
-            self.undecidable(f"`{name}` is readonly", offset)
-        if not self.dry:
-            old = self.variables.get(name)
-            if old and old.is_array and not value.is_array:
-                value = Value(value.fields + old.fields[1:], True, value.start)
-            self.variables[name] = value
-
-    def appended(self, old: Value, more: Value) -> Value:
-        pieces = [self._made(field.text, Kind.QUOTED, more.start, field.at) for field in old.fields]
-        if more.is_array:
-            kept = tuple(
-                Field(p.text, p.at, f.start, f.quoted, f.globs)
-                for p, f in zip(pieces, old.fields, strict=True)
-            )
-            return Value(kept + more.fields, True, more.start)
-        first = more.fields[0]
-        head = pieces[:1] + [Piece(Kind.QUOTED, first.text, first.at, first.start)]
-        return Value((_join(head, more.start),), False, more.start)
-
-    def unset(self, name: str, offset: int) -> None:
-        if SHELL_OWN.fullmatch(name):
-            raise Refused(f"unsetting `{name}` is refused: bash or the programs it starts obey it", offset)
-        if name in self.readonly:
-            self.undecidable(f"`{name}` is readonly", offset)
-        if not self.dry:
-            self.variables.pop(name, None)
-
-    # Arithmetic
-
-    def arithmetic(self, node: Node) -> int:
-        start, end = node.start_byte, node.end_byte
-        if not self.source.text.startswith("$((", start):
-            raise Refused("`$[ ]` is refused: write $(( ))", start)
-        text, position = "", start + 3
-        for child in [*_opaque(node, start + 3, end - 2, self.source), None]:
-            stop = child.start_byte if child else end - 2
-            gap = self.source.text[position:stop]
-            known = _ARITHMETIC_GAP.fullmatch(gap)
-            if not known or (
-                child and child.type not in ("simple_expansion", "expansion", "arithmetic_expansion")
-            ):
-                raise Refused("arithmetic may only use integers, variables, + - * / % and parentheses", start)
-            text += gap
-            if child:
-                held = _join(list(self._expand(child, Context.STRING)), start).text
-                text += (
-                    held if INTEGER.fullmatch(held) else self._not_integer(self.source.of(child), held, start)
-                )
-                position = child.end_byte
-        return _Arithmetic(self, text, start).value()
-
-    def _not_integer(self, what: str, held: str, offset: int) -> str:
-        self.undecidable(f"{what} is not a plain integer: it holds `{held[:40]}`", offset)
-        return "1"
-
-    def integer(self, name: str, offset: int) -> int:
-        value = self.lookup(name, offset)
-        held = value.fields[0].text if value and value.fields else ""
-        return int(held if INTEGER.fullmatch(held) else self._not_integer(f"`{name}`", held, offset))
-
-
-class _Arithmetic:
-    """Recursive descent over + - * / % and parentheses, in 64 bits, division truncating as in C."""
-
-    def __init__(self, expander: Expander, text: str, offset: int) -> None:
-        self.expander, self.offset, self.index = expander, offset, 0
-        found = list(_ARITHMETIC_TOKEN.finditer(text))
-        self.tokens = [match.group(1) or match.group(2) or match.group(3) for match in found]
-        if "--" in text or "++" in text or "**" in text:
-            raise Refused("arithmetic may only use integers, variables, + - * / % and parentheses", offset)
-        if len(self.tokens) > MAX_ARITHMETIC:
-            raise Refused(f"arithmetic of more than {MAX_ARITHMETIC} terms is refused", offset)
-
-    def value(self) -> int:
-        result = self._sum() if self.tokens else 0  # $(( )) is 0
-        if self.index < len(self.tokens):
-            raise Refused(f"arithmetic cannot be read at `{self.tokens[self.index]}`", self.offset)
+    def _arithmetic(self, node: Node) -> int:
+        start, position, end = node.start_byte, node.start_byte + 3, node.end_byte - 2
+        text = ""
+        for child in _opaque(node, position, end, self.source):
+            text += self.source.text[position : child.start_byte]
+            held = _join(list(self._expand(child, Context.STRING)), start)
+            text += self._integer(self.source.of(child), held, start)
+            position = child.end_byte
+        text += self.source.text[position:end]
+        tokens = _TERM.findall(text)[::-1]
+        plain = self.source.text.startswith("$((", start) and _ARITHMETIC.fullmatch(text)
+        if not plain or len(tokens) > MAX_TERMS:
+            raise Refused(f"arithmetic is refused but for + - * / % ( ) and at most {MAX_TERMS} terms", start)
+        result = self._binary(tokens, 1, start) if tokens else 0  # $(( )) is 0
+        if tokens:
+            raise Refused(f"arithmetic is refused at `{tokens[-1]}`", start)
         return result
 
-    def _take(self, options: str) -> str:
-        token = self.tokens[self.index] if self.index < len(self.tokens) else ""
-        self.index += bool(token) and token in options
-        return token if token and token in options else ""
+    def _integer(self, what: str, held: Field | None, start: int) -> str:
+        text = held.text if held else ""
+        if INTEGER.fullmatch(text):
+            return text
+        self.undecidable(f"`{what}` is not a plain integer: it holds `{text[:40]}`", start)
+        return "1"
 
-    def _sum(self) -> int:
-        left = self._product()
-        while operator := self._take("+-"):
-            right = self._product()
-            left = self._checked(left + right if operator == "+" else left - right)
+    def _binary(self, tokens: list[str], least: int, start: int) -> int:
+        left = self._unary(tokens, start)
+        while tokens and _PRECEDENCE.get(tokens[-1], 0) >= least:
+            operator = tokens.pop()
+            right = self._binary(tokens, _PRECEDENCE[operator] + 1, start)
+            if operator in "/%":
+                if not right:
+                    self.undecidable("arithmetic divides by zero", start)
+                    right = 1
+                quotient = abs(left) // abs(right) * (1 if (left < 0) == (right < 0) else -1)
+                left = quotient if operator == "/" else left - quotient * right
+            else:
+                left = left * right if operator == "*" else left + (right if operator == "+" else -right)
+            if abs(left) >= 1 << 63:
+                self.undecidable("arithmetic overflows 64 bits", start)
         return left
 
-    def _product(self) -> int:
-        left = self._unary()
-        while operator := self._take("*/%"):
-            right = self._unary()
-            if operator == "*":
-                left = self._checked(left * right)
-                continue
-            if right == 0:
-                self.expander.undecidable("arithmetic divides by zero", self.offset)
-                right = 1
-            quotient = abs(left) // abs(right) * (1 if (left < 0) == (right < 0) else -1)
-            left = self._checked(quotient if operator == "/" else left - right * quotient)
-        return left
-
-    def _unary(self) -> int:
-        sign = self._take("+-")
-        if sign:
-            return self._unary() * (-1 if sign == "-" else 1)
-        if self._take("("):
-            inner = self._sum()
-            if not self._take(")"):
-                raise Refused("arithmetic lacks a `)`", self.offset)
-            return inner
-        token = self.tokens[self.index] if self.index < len(self.tokens) else ""
-        self.index += 1
-        if INTEGER.fullmatch(token):
+    def _unary(self, tokens: list[str], start: int) -> int:
+        token = tokens.pop() if tokens else ""
+        if token in ("+", "-"):
+            return self._unary(tokens, start) * (-1 if token == "-" else 1)
+        if token == "(":
+            inner = self._binary(tokens, 1, start)
+            token = tokens.pop() if tokens else ""
+            if token == ")":
+                return inner
+        elif INTEGER.fullmatch(token):
             return int(token)
-        if re.match(r"[A-Za-z_]", token):
-            return self.expander.integer(token, self.offset)
-        raise Refused(f"arithmetic cannot be read at `{token or 'its end'}`", self.offset)
+        elif NAME.fullmatch(token):
+            value = self.lookup(token, start)
+            return int(self._integer(token, value.fields[0] if value and value.fields else None, start))
+        raise Refused(f"arithmetic is refused at `{token or 'its end'}`", start)
 
-    def _checked(self, number: int) -> int:
-        if not -(1 << 63) < number < 1 << 63:
-            self.expander.undecidable("arithmetic overflows 64 bits", self.offset)
-            return 1
-        return number
+
+_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "%": 2}
+_TERM = re.compile(r"[0-9]+|[A-Za-z_]\w*|[-+*/%()]", re.ASCII)
+_ARITHMETIC = re.compile(r"(?!.*(\+\+|--|\*\*))[\w \t\n+\-*/%()]*", re.ASCII | re.DOTALL)
+_ANSI_LETTERS = dict(zip("abeEfnrtv\\'\"?", "\a\b\x1b\x1b\f\n\r\t\v\\'\"?", strict=True))
+_ANSI_ESCAPE = re.compile(
+    r"\\(?:(?P<octal>[0-7]{1,3})|x(?P<hex>[0-9A-Fa-f]{1,2})|u(?P<unicode>[0-9A-Fa-f]{1,4})|(?P<letter>.))|[^\\]",
+    re.DOTALL,
+)
+_PARAMETER = re.compile(
+    r"\$(?P<bare>[A-Za-z_]\w*)"
+    r"|\$\{(?P<length>\#)?(?P<name>[A-Za-z_]\w*)(?P<all>\[[@*]\])?(?P<operator>:?[-=?+])?",
+    re.ASCII,
+)
+_OTHER_EXPANSIONS = (
+    (r"\$\{!", "indirect expansion"),
+    (r"\$\{#\w+\[[@*]\]\}", "the length of an array"),
+    (r"\$\{#?\w+\[(?![@*]\])", "an array subscript"),
+    (r"\$\{\w+(\[.\])?[#%]", "prefix or suffix removal"),
+    (r"\$\{\w+(\[.\])?/", "pattern substitution"),
+    (r"\$\{\w+\[.\]:?[-=?+]", "the default of an array"),
+    (r"\$\{\w+(\[.\])?:", "a substring"),
+    (r"\$\{\w+(\[.\])?[\^,]", "case modification"),
+    (r"\$\{\w+(\[.\])?@", "parameter transformation"),
+    (r"\$\{?([^\w{]|\d)", "a special parameter"),
+    (r"", "this expansion"),
+)
 
 
 def parameter(source: Source, node: Node) -> re.Match[str]:
-    """The parts of $NAME or ${NAME...}; anything but the supported operators is refused by its name."""
-    text, start = source.of(node), node.start_byte
-    match = _PARAMETER.match(source.text, start, node.end_byte)
-    end = match.end() + (not match["bare"]) if match else 0
-    plain = (
-        match and (match["operator"] or end == node.end_byte) and not (match["length"] and match["operator"])
-    )
-    if match and plain and not (match["all"] and (match["operator"] or match["length"])):
-        return match
-    named = next(words for pattern, words in _OTHER_EXPANSIONS if re.match(pattern, text, re.ASCII))
-    raise Refused(f"{named} is refused: `{text[:40]}`", start)
+    """The parts of $NAME or ${NAME...}; any form that is not supported is refused by its name."""
+    match = _PARAMETER.match(source.text, node.start_byte, node.end_byte)
+    if match and len([part for part in ("length", "all", "operator") if match[part]]) <= 1:
+        closed = match.end() if match["bare"] else match.end() + 1
+        if closed == node.end_byte or match["operator"]:
+            return match
+    written = source.of(node)
+    named = next(words for pattern, words in _OTHER_EXPANSIONS if re.match(pattern, written, re.ASCII))
+    raise Refused(f"{named} is refused: `{written[:40]}`", node.start_byte)
 
 
 def _opaque(node: Node, start: int, end: int, source: Source) -> list[Node]:
-    """The outermost quotes, expansions and comments inside a stretch, in order."""
-    found, stack = [], list(reversed(node.children))
+    """The outermost quotes, expansions and comments of a stretch, in order."""
+    found, stack = [], node.children[::-1]
     while stack:
         child = stack.pop()
         if child.end_byte <= start or child.start_byte >= end:
             continue
-        lone_dollar = child.type == "simple_expansion" and source.text[child.start_byte + 1] in BLANKS
-        if child.type in _OPAQUE and child.start_byte >= start and not lone_dollar:
+        if (
+            child.type in (*_OPAQUE, "comment")
+            and child.start_byte >= start
+            and not is_lone_dollar(child, source)
+        ):
             found.append(child)
         else:
-            stack.extend(reversed(child.children))
+            stack.extend(child.children[::-1])
     return found
 
 
-def _allowed(operator: str, context: Context) -> bool:
-    if context is Context.TEST:
-        return operator in ("&&", "||", "(", ")")
-    return context is Context.OPERAND and operator in "();"
+def is_lone_dollar(node: Node, source: Source) -> bool:
+    """The grammar takes the dollar of "5$ a" for an expansion."""
+    after = source.text[node.start_byte + 1 : node.start_byte + 2]
+    return node.type == "simple_expansion" and after in ("", *BLANKS)
 
 
-def _groups(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """The pieces of each written word; an operator is a word by itself."""
-    group: list[Piece] = []
+def _check_unquoted(word: list[Piece], hazards: Iterable[tuple[re.Pattern[str], str]]) -> None:
+    written = "".join(piece.text if piece.kind is Kind.LITERAL else "\0" for piece in word)
+    for pattern, message in hazards:
+        if pattern.search(written):
+            raise Refused(message, word[0].start)
+
+
+def _written_words(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    word: list[Piece] = []
     for piece in pieces:
-        if piece.kind in (Kind.OPERATOR, Kind.BLANK):
-            if group:
-                yield group
-            group = []
-            if piece.kind is Kind.OPERATOR:
-                yield [piece]
-        else:
-            group.append(piece)
-    if group:
-        yield group
+        if piece.kind not in (Kind.BLANK, Kind.OPERATOR):
+            word.append(piece)
+            continue
+        if word:
+            yield word
+        if piece.kind is Kind.OPERATOR:
+            yield [piece]
+        word = []
+    if word:
+        yield word
+
+
+def _split(word: list[Piece]) -> list[Field]:
+    """Word splitting: at the blanks of unquoted expansions and between the elements of an array."""
+    words: list[list[Piece]] = [[]]
+    for piece in word:
+        if piece.kind is Kind.BREAK:
+            words.append([])
+        elif piece.kind in (Kind.LITERAL, Kind.QUOTED):
+            words[-1].append(piece)
+        elif piece.kind is Kind.EXPANDED:
+            for part in re.finditer(r"[ \t\n]+|[^ \t\n]+", piece.text):
+                begin, end = part.span()
+                if part[0][0] in BLANKS:
+                    words.append([])
+                else:
+                    words[-1].append(Piece(piece.kind, part[0], piece.at[begin:end], piece.start))
+    return [_join(pieces, pieces[0].start) for pieces in words if pieces]
 
 
 def _join(pieces: list[Piece], start: int) -> Field:
@@ -599,25 +578,7 @@ def _join(pieces: list[Piece], start: int) -> Field:
         at,
         start,
         quoted=any(piece.kind is Kind.QUOTED for piece in pieces),
-        globs=any(piece.kind is not Kind.QUOTED and GLOBS & set(piece.text) for piece in pieces),
+        globs=any(piece.kind is not Kind.QUOTED and re.search(r"[*?[\\]", piece.text) for piece in pieces),
         literal=all(piece.kind is Kind.LITERAL for piece in pieces),
         operator=any(piece.kind is Kind.OPERATOR for piece in pieces),
     )
-
-
-def _split(group: list[Piece]) -> list[Field]:
-    """Word splitting of one written word: at the blanks of its unquoted expansions and between array elements."""
-    words: list[list[Piece]] = [[]]
-    for piece in group:
-        if piece.kind is Kind.BREAK:
-            words.append([])
-        elif piece.kind in (Kind.LITERAL, Kind.QUOTED):
-            words[-1].append(piece)
-        else:
-            for part in re.finditer(r"[ \t\n]+|[^ \t\n]+", piece.text):
-                begin, end = part.span()
-                if part[0][0] in BLANKS:
-                    words.append([])
-                else:
-                    words[-1].append(Piece(piece.kind, part[0], piece.at[begin:end], piece.start))
-    return [_join(word, word[0].start) for word in words if word]

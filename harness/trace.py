@@ -40,6 +40,17 @@ class Trace:
     events: tuple[Event, ...]
     finished: bool
 
+    @property
+    def stopped_in(self) -> str | None:
+        """Path of the innermost module that was entered and not left, None where all were left."""
+        inside: list[str] = []
+        for event in self.events:
+            if event.side == "input":
+                inside.append(event.module)
+            else:
+                inside.remove(event.module)
+        return inside[-1] if inside else None
+
 
 class Recorder:
     """Collects events while ``recording`` is open."""

@@ -36,16 +36,16 @@ def open_world(layout: Layout, device: torch.device, seed: int = 1234) -> Iterat
 
     if layout.world_size > 1:
         raise UsageError(
-            f"layout {layout} needs {layout.world_size} ranks; simulated ranks are not supported yet, only tp1"
+            f"layout {layout} needs {layout.world_size} ranks; simulated ranks are not supported yet, "
+            "only tp1"
         )
     if distributed.is_initialized():
         raise UsageError("a process group is open already in this process")
-    with _collected(), _random_numbers(device):
+    with _collected(), _random_numbers(device), _reproducible(device):
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        distributed.init_process_group(
-            _BACKENDS[device.type], store=distributed.HashStore(), rank=0, world_size=1
-        )
+        store = distributed.HashStore()  # type: ignore[attr-defined]
+        distributed.init_process_group(_BACKENDS[device.type], store=store, rank=0, world_size=1)
         state = _globals(parallel_state)
         try:
             parallel_state.initialize_model_parallel(
@@ -87,6 +87,28 @@ def _collected() -> Iterator[None]:
     finally:
         gc.collect()
         gc.unfreeze()
+
+
+@contextmanager
+def _reproducible(device: torch.device) -> Iterator[None]:
+    """Sums in one order, so that a model run twice gives the same bits.
+
+    On the CPU one thread: the result must not depend on how many cores there are, and a tiny model's
+    operations are too small to share. On CUDA the deterministic kernels, where there is one: the
+    experts' outputs are otherwise added up in the order in which they happen to come.
+    """
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    else:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ MOE = tuple(name for name in PRESETS if "num_experts" in CONFIGS[name])
 
 
 def edit(text: str, flag: str, value: str | None) -> str:
-    """``flag`` with another value, in its place or at the end; an empty value is a switch, None removes it."""
+    """``flag`` with another value, in its place or at the end; empty for a switch, None removes it."""
     lines = text.splitlines(keepends=True)
     new = [] if value is None else [f"    {flag} {value} \\\n".replace("  \\", " \\")]
     line = line_of(text, flag)

@@ -308,7 +308,8 @@ def test_everything_said_is_captured(capfd: pytest.CaptureFixture[str]) -> None:
         print("printed")
         print("to stderr", file=sys.stderr)
         logging.getLogger("some.module").warning("logged")
-        warnings.warn("warned", UserWarning, stacklevel=1)
+        for _ in range(2):
+            warnings.warn("warned", UserWarning, stacklevel=1)
     assert text.getvalue().splitlines() == [
         "printed",
         "to stderr",

@@ -94,6 +94,14 @@ def test_what_was_made_inside_is_collected() -> None:
     assert reference() is None
 
 
+def test_one_thread_on_the_cpu() -> None:
+    threads = torch.get_num_threads()
+    with open_world(Layout(), CPU):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == threads
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_one_world_at_a_time() -> None:
     with (
         open_world(Layout(), CPU),

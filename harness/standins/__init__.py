@@ -101,7 +101,7 @@ STAND_INS: tuple[StandIn, ...] = (
     StandIn(
         StandInRecord(
             "ModelOpt's NVFP4 fake-quantization kernel",
-            "the kernel's arithmetic in plain torch; like it, a partial last block counts as padded with zeros",
+            "the kernel's arithmetic in plain torch; as there, a partial block counts as padded with zeros",
             "The kernel is written for CUDA.",
         ),
         no_cuda,

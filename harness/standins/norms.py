@@ -75,7 +75,7 @@ _NORMS: dict[str, type[_Norm]] = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
 
 
 class Norm:
-    """Stands where ``megatron.core.post_training.modelopt.layers.Norm`` does: a factory, called as a class."""
+    """Stands where ``megatron.core.post_training.modelopt.layers.Norm`` does: a factory in a class."""
 
     def __new__(  # type: ignore[misc]
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5

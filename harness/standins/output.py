@@ -7,7 +7,7 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TextIO
 
@@ -36,7 +36,8 @@ def import_foreign() -> None:
 def captured() -> Iterator[io.StringIO]:
     """Send standard output and error, logging and warnings of this process to one text buffer.
 
-    Exceptions pass through. What a subprocess or C code writes to the descriptors is not caught.
+    A warning said again is kept once. Exceptions pass through. What a subprocess or C code writes to the
+    descriptors is not caught.
     """
     buffer = io.StringIO()
     handler = logging.StreamHandler(buffer)
@@ -49,7 +50,7 @@ def captured() -> Iterator[io.StringIO]:
     try:
         with redirect_stdout(buffer), redirect_stderr(buffer), warnings.catch_warnings():
             warnings.simplefilter("always")
-            warnings.showwarning = _show
+            warnings.showwarning = _show_once()
             yield buffer
     finally:
         logging.root.handlers[:] = []
@@ -71,12 +72,14 @@ def _loggers() -> list[logging.Logger]:
     return [logging.root, *(logger for logger in named if isinstance(logger, logging.Logger))]
 
 
-def _show(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: io.TextIOBase | None = None,
-    line: str | None = None,
-) -> None:
-    logging.getLogger("warnings").warning("%s: %s", category.__name__, message)
+def _show_once() -> Callable[..., None]:
+    """What ``warnings`` calls to show a warning: the same words once, however often they are said."""
+    said: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *place: object, **more: object) -> None:
+        text = f"{category.__name__}: {message}"
+        if text not in said:
+            said.add(text)
+            logging.getLogger("warnings").warning("%s", text)
+
+    return show

@@ -1,0 +1,3 @@
+"""Loads the plugin that makes preset files test files."""
+
+pytest_plugins = ["harness.pytest_plugin"]

@@ -1,0 +1,281 @@
+"""Command line: arguments -> one call of what does the work -> text, JSON and an exit code.
+
+Nothing here imports torch, and rich only where a terminal shows progress or colour: ``list``, ``show`` and
+``lint`` answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from harness import blueprint, messages, pipeline, report
+from harness.case import Case, CaseReport, Outcome
+from harness.devices import resolve_device, worker_count
+from harness.errors import HarnessError, UsageError
+from harness.preset import PresetFile, find_presets
+from harness.selection import DEFAULT_TIMEOUT, cases_of, default_tree, layouts_named, recipes_named
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Check Megatron-LM model presets: shrink, build, ModelOpt fake-quant forward.",
+)
+
+Names = Annotated[
+    list[str] | None, typer.Argument(metavar="[NAME...]", help="Org/Model, Model, a file or a folder")
+]
+Tree = Annotated[
+    Path | None, typer.Option("--presets", metavar="DIR", help="tree of presets, instead of presets/")
+]
+Json = Annotated[
+    str | None, typer.Option("--json", metavar="FILE", help="write the JSON document, - for stdout")
+]
+Recipes = Annotated[list[str] | None, typer.Option("--recipe", help="a recipe, several with commas, or all")]
+Layouts = Annotated[
+    list[str] | None, typer.Option("--layout", help="parallel sizes: tp2, or tp8,ep4,etp1,pp2")
+]
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM; no ``except Exception`` on the way may keep it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.exit_code = 128 + signum
+
+
+def main() -> NoReturn:
+    """The console entry. Exit code 0: all passed; 1: a preset has errors; 2: wrong usage or our own fault."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _interrupt)
+    try:
+        app()
+    except HarnessError as error:
+        print(f"harness: {error}", file=sys.stderr)
+    except Interrupted as interrupted:
+        print(f"harness: interrupted by {interrupted}; no report was written", file=sys.stderr)
+        sys.exit(interrupted.exit_code)
+    except Exception:
+        traceback.print_exc()
+    sys.exit(2)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise Interrupted(signum)
+
+
+@app.command("list")
+def list_(presets: Tree = None, json_: Json = None) -> None:
+    """Every preset: kind, size, heads, experts, whether a reference is there."""
+    entries = [blueprint.summary(file) for file in _find([], presets)]
+    _deliver(blueprint.list_text(entries), {"schema": report.SCHEMA, "presets": entries}, json_)
+    raise typer.Exit(0)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="Org/Model, Model or a file")],
+    layout: Annotated[str, typer.Option("--layout", help="parallel sizes the plan is made for")] = "tp1",
+    presets: Tree = None,
+    json_: Json = None,
+) -> None:
+    """The blueprint: full size beside shrunken, invariant by invariant."""
+    (sizes,) = layouts_named([layout])
+    found = [pipeline.blueprint(file, sizes) for file in _find([name], presets)]
+    text = "\n\n".join(blueprint.show_text(*entry) for entry in found)
+    _finish(text, [case_report for case_report, _ in found], json_)
+
+
+@app.command()
+def lint(
+    paths: Annotated[
+        list[str] | None, typer.Argument(metavar="[PATH...]", help="files, folders or names")
+    ] = None,
+    presets: Tree = None,
+    json_: Json = None,
+) -> None:
+    """parse + reference + audit; no torch, for pre-commit."""
+    reports = [pipeline.lint(file) for file in _find(paths or [], presets)]
+    _finish(messages.lint_text(reports), reports, json_)
+
+
+@app.command()
+def audit(
+    names: Names = None,
+    recipe: Recipes = None,
+    layout: Layouts = None,
+    presets: Tree = None,
+    json_: Json = None,
+) -> None:
+    """Full-size table: parameter counts, and the dimensions that a recipe's blocks do not divide."""
+    recipes, layouts = recipes_named(recipe or ["all"]), layouts_named(layout or [])
+    files = _find(names or [], presets)
+    reports = [pipeline.lint(file, sizes, entry) for file in files for sizes in layouts for entry in recipes]
+    blocks = (
+        blueprint.audit_text(files, layouts, recipes),
+        messages.errors_text(reports),
+        messages.warnings_text(reports),
+    )
+    _finish("\n\n".join(filter(None, blocks)), reports, json_)
+
+
+@app.command()
+def check(
+    names: Names = None,
+    recipe: Recipes = None,
+    layout: Layouts = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
+    jobs: Annotated[str, typer.Option(help="worker processes, or auto")] = "auto",
+    timeout: Annotated[
+        float, typer.Option(help="seconds that one case may take; 0 for no limit")
+    ] = DEFAULT_TIMEOUT,
+    presets: Tree = None,
+    json_: Json = None,
+) -> None:
+    """Every stage of every case; no name means every preset."""
+    from harness.runner import run_cases
+
+    recipes, layouts = recipes_named(recipe or []), layouts_named(layout or [])
+    chosen = resolve_device(device)
+    workers = _jobs(jobs, chosen)
+    cases = cases_of(_find(names or [], presets), recipes, layouts, chosen, presets)
+    if timeout < 0:
+        raise UsageError(f"--timeout {timeout:g} is less than no time")
+    if json_ not in (None, "-"):
+        report.require_writable(Path(json_ or ""))
+    start = perf_counter()
+    with _progress(len(cases)) as on_done:
+        reports = run_cases(cases, workers, timeout or None, on_done)
+    _finish(messages.full_text(reports, _width(json_), perf_counter() - start), reports, json_)
+
+
+@app.command()
+def repro(
+    path: Annotated[Path, typer.Argument(metavar="REPORT", help="a JSON report of check")],
+    case: Annotated[
+        str | None, typer.Argument(help="words of its name: preset, recipe, layout, device")
+    ] = None,
+    json_: Json = None,
+) -> None:
+    """Run one failed case of a report again, alone, in this process."""
+    from harness.runner import safely
+
+    chosen = choose_case(report.read_report(path), case, path)
+    if not Path(chosen.path).is_file():
+        raise UsageError(
+            f"{chosen.preset}: there is no file {chosen.path} here; run this where {path} was made"
+        )
+    result = safely(pipeline.check, chosen)
+    text = f"{messages.stages_text(result)}\n\n{messages.full_text([result], _width(json_))}"
+    _finish(text, [result], json_)
+
+
+def choose_case(reports: Sequence[CaseReport], words: str | None, source: Path) -> Case:
+    """The case that ``words`` name, or the only one that did not pass. Raises UsageError."""
+    bad = [entry.case for entry in reports if entry.outcome in (Outcome.FAILED, Outcome.ERROR)]
+    if words is None:
+        found, what = bad, "failed"
+    else:
+        parts, every = words.lower().split(), [entry.case for entry in reports]
+        exact = [entry for entry in every if entry.name.lower() == words.lower()]
+        matching = [entry for entry in every if all(part in entry.name.lower() for part in parts)]
+        found, what = exact or [entry for entry in matching if entry in bad] or matching, f"match {words!r}"
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise UsageError(
+            f"no case of {source} {'matches' if words else what}" + (f" {words!r}" if words else "")
+        )
+    listed = "\n".join(f"  {entry.name}" for entry in found)
+    raise UsageError(f"{len(found)} cases of {source} {what}; name one of them:\n{listed}")
+
+
+def _find(names: Sequence[str], tree: Path | None) -> tuple[PresetFile, ...]:
+    return find_presets(names, tree or default_tree())
+
+
+def _jobs(text: str, device: str) -> int:
+    if text == "auto":
+        return worker_count(device)
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--jobs {text!r} is neither auto nor a number of at least 1")
+    return int(text)
+
+
+def _width(json_: str | None) -> int | None:
+    """Columns of the terminal that the text goes to, None where it goes elsewhere."""
+    stream = sys.stderr if json_ == "-" else sys.stdout
+    return shutil.get_terminal_size().columns if stream.isatty() else None
+
+
+def _finish(text: str, reports: Sequence[CaseReport], json_: str | None) -> NoReturn:
+    """Print, write the document if one is wanted, and leave with the exit code of these reports."""
+    _deliver(text, report.to_json(reports) if json_ else None, json_)
+    raise typer.Exit(report.exit_code(reports))
+
+
+def _deliver(text: str, document: Any, json_: str | None) -> None:
+    _print(text, sys.stderr if json_ == "-" else sys.stdout)
+    if json_ == "-":
+        print(json.dumps(document, indent=2, allow_nan=False))
+    elif json_:
+        report.write_report(Path(json_), document)
+
+
+def _print(text: str, stream: Any) -> None:
+    if not stream.isatty() or os.environ.get("NO_COLOR"):
+        print(text, file=stream)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    coloured = Text(text)
+    for pattern, style in _STYLES.items():
+        coloured.highlight_regex(pattern, style)
+    Console(file=stream).print(coloured, soft_wrap=True)
+
+
+_STYLES = {
+    r"\bpassed\b": "green",
+    r"\b(failed|error|NO)\b": "bold red",
+    r"\b(skipped|warning)\b": "yellow",
+    r"(?m)^  again: ": "dim",
+}
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[CaseReport], None]]:
+    """Something to call with each report: a bar on a terminal, a line on anything else."""
+    if not sys.stderr.isatty():
+        done = iter(range(1, total + 1))
+        yield lambda entry: print(f"[{next(done)}/{total}] {_brief(entry)}", file=sys.stderr, flush=True)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting workers", total=total)
+        yield lambda entry: bar.update(task, advance=1, description=_brief(entry))
+
+
+def _brief(entry: CaseReport) -> str:
+    case = entry.case
+    return f"{entry.outcome}  {case.preset} {case.recipe} {case.layout} {case.device}  {entry.seconds:.1f} s"

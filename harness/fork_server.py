@@ -1,0 +1,19 @@
+"""Fork server: what the process that all workers are forked from does first.
+
+``multiprocessing`` imports this module there, and importing it is its whole effect.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from harness.runner import die_with_parent
+
+die_with_parent()
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this one
+for _descriptor in (1, 2):
+    os.dup2(os.open(os.devnull, os.O_WRONLY), _descriptor)
+
+# torch.cuda.is_available() asks the CUDA runtime otherwise, which a fork does not survive.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"

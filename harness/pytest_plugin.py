@@ -1,0 +1,292 @@
+"""pytest plugin: a preset file -> a test file, with one item per case.
+
+``pytest presets -k "Qwen3 and nvfp4" -n auto``; elsewhere ``pytest /some/tree -p harness.pytest_plugin``.
+Collection imports no torch. What a case found travels to the terminal as an attribute of pytest's own report,
+also from an xdist worker.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import warnings
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from harness.case import Case, CaseReport, Outcome
+from harness.devices import gpu_count, resolve_device, worker_count
+from harness.errors import UsageError
+from harness.layout import Layout
+from harness.messages import failure_text, stand_ins_text, warnings_text
+from harness.preset import preset_at
+from harness.recipes import Recipe
+from harness.report import from_json, stand_ins, to_json
+from harness.selection import DEFAULT_TIMEOUT, cases_of, layouts_named, recipes_named
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+# How long a worker that hangs in C code, where no signal handler runs, may outlive its time limit.
+_GRACE_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The options of one run. ``places`` are the files and folders named on the command line."""
+
+    recipes: tuple[Recipe, ...]
+    layouts: tuple[Layout, ...]
+    device: str
+    timeout: float
+    places: tuple[Path, ...]
+
+
+_WANTED = pytest.StashKey[Wanted]()
+_REPORT = pytest.StashKey[CaseReport]()
+
+
+# ---- options, workers and devices ----
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("harness", "Megatron-LM model presets")
+    group.addoption("--recipe", action="append", default=[], help="a recipe, several with commas, or all")
+    group.addoption("--layout", action="append", default=[], help="parallel sizes: tp2, or tp8,ep4,etp1,pp2")
+    group.addoption("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    # Not --timeout: that is pytest-timeout's.
+    group.addoption(
+        "--case-timeout", type=float, default=DEFAULT_TIMEOUT, metavar="SECONDS", help="0 for no limit"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: runs on a CUDA device")
+    try:
+        config.stash[_WANTED] = _wanted(config)
+    except UsageError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def _wanted(config: pytest.Config) -> Wanted:
+    device = config.getoption("device")
+    worker = getattr(config, "workerinput", None)
+    if worker is not None:
+        device = _pin(device, int(worker["workerid"].removeprefix("gw")), worker["workercount"])
+        places = worker["harness_places"]
+    else:
+        places = _places(config)
+    return Wanted(
+        recipes_named(config.getoption("recipe")),
+        layouts_named(config.getoption("layout")),
+        resolve_device(device),
+        config.getoption("case_timeout"),
+        tuple(map(Path, places)),
+    )
+
+
+def _pin(device: str, index: int, workers: int) -> str:
+    """Leave this xdist worker its share of the cores and one device; what that device is now called."""
+    from harness.runner import pin_threads
+
+    pin_threads(max(1, len(os.sched_getaffinity(0)) // workers))
+    resolved = resolve_device(device)
+    if resolved == "cpu":
+        return resolved
+    if device != resolved:  # no number asked for: every visible device takes workers
+        resolved = f"cuda:{index % gpu_count()}"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = device_entry(visible, int(resolved.partition(":")[2]))
+    return "cuda:0"
+
+
+def device_entry(visible: str | None, index: int) -> str:
+    """What ``CUDA_VISIBLE_DEVICES`` must be to leave only device ``index`` of those visible."""
+    if visible is None:
+        return str(index)
+    return [entry.strip() for entry in visible.split(",") if entry.strip()][index]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput["harness_places"] = list(map(str, node.config.stash[_WANTED].places))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    try:
+        device = resolve_device(config.getoption("device"))
+    except UsageError as error:
+        raise pytest.UsageError(str(error)) from error
+    if device == "cpu" or config.getoption("device") == device:
+        return worker_count(device)
+    cores = len(os.sched_getaffinity(0))
+    return min(cores, sum(worker_count(f"cuda:{index}") for index in range(gpu_count())))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    wanted = config.stash[_WANTED]
+    recipes = ", ".join(recipe.name for recipe in wanted.recipes)
+    return f"harness: {recipes}; {', '.join(map(str, wanted.layouts))}; {wanted.device}"
+
+
+# ---- collection ----
+
+
+def _places(config: pytest.Config) -> list[Path]:
+    """Files and folders named on the command line. A preset folder without presets is a usage error."""
+    here = config.invocation_params.dir
+    named = [Path(os.path.abspath(here / argument.partition("::")[0])) for argument in config.args]
+    for place in named:
+        if place.is_dir() and _in_presets(place) and not any(place.rglob("*.sh")):
+            raise pytest.UsageError(f"no preset (*.sh) below {place}")
+    if config.args_source is not pytest.Config.ArgsSource.ARGS:
+        return []
+    # ``pytest .`` asks for what pytest finds here, not for every script.
+    return [place for place in named if not here.is_relative_to(place)]
+
+
+def _in_presets(place: Path) -> bool:
+    return "presets" in place.parts
+
+
+def is_preset(path: Path, places: Sequence[Path]) -> bool:
+    """A ``.sh`` file below a folder called ``presets``, or named itself, or a preset in a named folder."""
+    if path.suffix != ".sh":
+        return False
+    if _in_presets(path) or path in places:
+        return True
+    return any(place in path.parents for place in places) and b"MODEL_ARGS" in path.read_bytes()
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> PresetTests | None:
+    if not is_preset(file_path, parent.config.stash[_WANTED].places):
+        return None
+    return PresetTests.from_parent(parent, path=file_path)
+
+
+class PresetTests(pytest.File):
+    """One preset file; its items are recipes x layouts."""
+
+    def collect(self) -> Iterator[PresetCase]:
+        wanted = self.config.stash[_WANTED]
+        file = preset_at(self.path)
+        for case in cases_of([file], wanted.recipes, wanted.layouts, wanted.device, None):
+            layout = f"-{case.layout}" if len(wanted.layouts) > 1 else ""
+            yield PresetCase.from_parent(self, name=f"{case.recipe}{layout}", case=case)
+
+
+class PresetCase(pytest.Item):
+    """One case."""
+
+    def __init__(self, *, case: Case, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.case = case
+        self.extra_keyword_matches.update((case.preset, case.recipe, str(case.layout)))
+        if case.device != "cpu":
+            self.add_marker("gpu")
+
+    def runtest(self) -> None:
+        report = self.stash[_REPORT] = _run(self.case, self.config)
+        if report.log and report.outcome is Outcome.FAILED:
+            self.add_report_section("call", "log", report.log)
+        if report.outcome is Outcome.SKIPPED:
+            pytest.skip(report.reason)
+        if report.outcome is not Outcome.PASSED:
+            raise CaseFailed(report)
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        if isinstance(excinfo.value, CaseFailed):
+            return failure_text(excinfo.value.report)
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[Path, None, str]:
+        return self.path, None, self.case.name
+
+
+class CaseFailed(Exception):
+    """A case that did not pass, on its way to pytest."""
+
+    def __init__(self, report: CaseReport) -> None:
+        super().__init__(failure_text(report))
+        self.report = report
+
+
+# ---- running ----
+
+
+class _TimedOut(BaseException):
+    """Not an Exception, so that no stage takes it for Megatron's."""
+
+
+def _run(case: Case, config: pytest.Config) -> CaseReport:
+    from harness import pipeline
+    from harness.runner import safely
+
+    seconds = config.stash[_WANTED].timeout
+    try:
+        # Warnings are errors to our own tests, and none of a preset's business.
+        with _time_limit(seconds, hasattr(config, "workerinput")), warnings.catch_warnings():
+            warnings.simplefilter("default")
+            return safely(pipeline.check, case)
+    except _TimedOut:
+        return CaseReport(case, Outcome.ERROR, seconds, reason=f"timed out after {seconds:g} s")
+
+
+@contextmanager
+def _time_limit(seconds: float, replaceable: bool) -> Iterator[None]:
+    """Raise _TimedOut after ``seconds``, and end a ``replaceable`` process that does not even notice."""
+    if not seconds:
+        yield
+        return
+    previous = signal.signal(signal.SIGALRM, _time_out)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    if replaceable:
+        faulthandler.dump_traceback_later(seconds + _GRACE_SECONDS, exit=True)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+        if replaceable:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def _time_out(signum: int, frame: FrameType | None) -> None:
+    raise _TimedOut
+
+
+# ---- reporting ----
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if call.when == "call" and _REPORT in item.stash:
+        # Plain values, which xdist can send.
+        report.harness = to_json([item.stash[_REPORT]], env={})  # type: ignore[attr-defined]
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    documents = [
+        entry.harness
+        for entries in terminalreporter.stats.values()
+        for entry in entries
+        if hasattr(entry, "harness")
+    ]
+    reports = [report for document in documents for report in from_json(document)]
+    for title, text in (
+        ("warnings in presets", warnings_text(reports)),
+        ("stand-ins on this machine", stand_ins_text(stand_ins(reports))),
+    ):
+        if text:
+            terminalreporter.section(title)
+            terminalreporter.write_line(text)

@@ -1,0 +1,56 @@
+"""Selection: names of presets, recipes and layouts, as users write them -> the cases to check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from harness.case import Case
+from harness.layout import Layout
+from harness.preset import PresetFile
+from harness.recipes import DEFAULT_RECIPES, RECIPES, Recipe, find_recipe
+
+# Seconds that one case may take, the start of its worker not counted.
+DEFAULT_TIMEOUT = 300.0
+
+
+def default_tree() -> Path:
+    """``presets`` in the working directory, else the one that comes with this source tree."""
+    here, ours = Path("presets"), Path(__file__).parent.parent / "presets"
+    return ours if not here.is_dir() and ours.is_dir() else here
+
+
+def recipes_named(texts: Iterable[str]) -> tuple[Recipe, ...]:
+    """Recipes of these names, each text one, several with commas, or ``all``; none means the default ones."""
+    names = [name.strip() for text in texts for name in text.split(",") if name.strip()]
+    if any(name.lower() == "all" for name in names):
+        return RECIPES
+    return tuple(dict.fromkeys(map(find_recipe, names or DEFAULT_RECIPES)))
+
+
+def layouts_named(texts: Iterable[str]) -> tuple[Layout, ...]:
+    """Layouts of these texts, ``tp1`` where there is none."""
+    return tuple(dict.fromkeys(map(Layout.parse, texts))) or (Layout(),)
+
+
+def cases_of(
+    files: Iterable[PresetFile],
+    recipes: Sequence[Recipe],
+    layouts: Sequence[Layout],
+    device: str,
+    tree: Path | None,
+) -> tuple[Case, ...]:
+    """Every case of these presets. ``tree`` is where a user finds them by name, None for the default."""
+    return tuple(
+        Case(file.name, str(file.path), recipe.name, layout, device, _tree_of(file, tree))
+        for file in files
+        for layout in layouts
+        for recipe in recipes
+    )
+
+
+def _tree_of(file: PresetFile, tree: Path | None) -> str | None:
+    root = (tree or default_tree()).absolute()
+    if file.path.absolute().is_relative_to(root):
+        return str(tree) if tree else None
+    return str(file.path.parent)

@@ -1,0 +1,504 @@
+"""The command line: what each command prints, its exit codes, and how it ends when it is killed.
+
+Most tests call ``main`` in this process with checks that need no torch; one runs the real thing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from harness import cli, pipeline, runner
+from harness.case import Case, CaseReport, Outcome, StageReport
+from harness.errors import ReportError, UsageError
+from harness.finding import Finding, Severity
+from harness.layout import Layout
+from harness.report import read_report, to_json, write_report
+
+ROOT = Path(__file__).parent.parent
+HARNESS = (sys.executable, "-m", "harness")
+
+Invoke = Callable[..., "Done"]
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Two real presets, one of them with 10 query groups."""
+    folder = tmp_path / "tree" / "Qwen"
+    folder.mkdir(parents=True)
+    for name in ("Qwen3-8B", "Qwen3-0.6B"):
+        for suffix in (".sh", ".toml"):
+            shutil.copy(ROOT / "presets" / "Qwen" / (name + suffix), folder)
+    broken = folder / "Qwen3-8B.sh"
+    text = broken.read_text()
+    assert "--num-query-groups 8 " in text
+    broken.write_text(text.replace("--num-query-groups 8 ", "--num-query-groups 10 "))
+    return folder.parent
+
+
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Invoke]:
+    """Run one command line in this process."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    def invoke(*arguments: str | Path) -> Done:
+        monkeypatch.setattr(sys, "argv", ["harness", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        code = ended.value.code
+        return Done(code if isinstance(code, int) else 0, *capsys.readouterr())
+
+    yield invoke
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+def fake(case: Case) -> CaseReport:
+    """0.6B passes, 8B fails, and int4_awq is the harness's own fault."""
+    if case.recipe == "int4_awq":
+        return CaseReport(case, Outcome.ERROR, 0.1, reason="the harness failed: KeyError: 'x'")
+    if "8B" in case.preset:
+        finding = Finding("build", Severity.ERROR, "weight is 3 x 4, expected 4 x 4", module="x")
+        return CaseReport(case, Outcome.FAILED, 0.1, findings=(finding,))
+    return CaseReport(
+        case, Outcome.PASSED, 0.1, stages=(StageReport("quantize", Outcome.PASSED, 0.1, "fine"),)
+    )
+
+
+@pytest.fixture
+def faked(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
+    """Replace the workers by ``fake``; the cases that were asked for."""
+    asked: list[Case] = []
+
+    def run(
+        cases: tuple[Case, ...], jobs: int, timeout: float | None, on_done: Callable[[CaseReport], None]
+    ) -> list[CaseReport]:
+        asked.extend(cases)
+        reports = [fake(case) for case in cases]
+        for report in reports:
+            on_done(report)
+        return reports
+
+    monkeypatch.setattr(runner, "run_cases", run)
+    monkeypatch.setattr(pipeline, "check", fake)
+    return asked
+
+
+# ---- list, show, lint, audit ----
+
+
+def test_list_shows_each_preset_on_a_line(invoke: Invoke) -> None:
+    done = invoke("list", "--presets", ROOT / "presets")
+    assert done.code == 0
+    assert done.out.splitlines()[0].split() == (
+        "preset kind size parameters layers hidden heads experts reference".split()
+    )
+    rows = {line.split()[0]: line.split()[1:] for line in done.out.splitlines()[1:]}
+    assert rows["Qwen/Qwen3-8B"] == ["dense", "8.19B", "8,190,735,360", "36", "4096", "32:8", "-", "yes"]
+    moe = ["moe", "30.5B", "30,532,122,624", "48", "2048", "32:4", "128:8", "yes"]
+    assert rows["Qwen/Qwen3-30B-A3B"] == moe
+
+
+def test_list_keeps_a_preset_that_cannot_be_read(invoke: Invoke, tree: Path) -> None:
+    (tree / "Qwen" / "Empty.sh").write_text("")
+    done = invoke("list", "--presets", tree, "--json", "-")
+    assert "Qwen/Empty       unreadable" in done.err
+    presets = {entry["preset"]: entry for entry in json.loads(done.out)["presets"]}
+    assert presets["Qwen/Empty"] == {"preset": "Qwen/Empty", "kind": None, "reference": False}
+    assert presets["Qwen/Qwen3-0.6B"]["num_query_groups"] == 8
+
+
+def test_show_puts_full_beside_shrunken(invoke: Invoke) -> None:
+    done = invoke("show", "qwen3-30b-a3b", "--presets", ROOT / "presets")
+    assert done.code == 0
+    lines = [line.split() for line in done.out.splitlines()]
+    assert ["parameters", "30,532,122,624"] == next(line[:2] for line in lines if line[:1] == ["parameters"])
+    assert ["--num-experts", "128"] == next(line[:2] for line in lines if line[:1] == ["--num-experts"])
+    names = [line[0] for line in lines if line and line[-1] == "yes"]
+    assert names == [f"S{number}" for number in range(1, 13)]
+
+
+def test_show_of_a_preset_without_a_plan_says_why(invoke: Invoke, tree: Path) -> None:
+    done = invoke("show", "Qwen3-8B", "--presets", tree)
+    assert done.code == 1
+    assert "no shrink plan: " in done.out
+    assert "32 heads / 10 groups is not whole" in done.out
+
+
+def test_lint_names_file_and_line(invoke: Invoke, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tree)
+    line = 1 + (tree / "Qwen" / "Qwen3-8B.sh").read_text().splitlines().index("    --num-query-groups 10 \\")
+    done = invoke("lint", ".")
+    assert done.code == 1
+    expected = f"Qwen/Qwen3-8B.sh:{line}:5: error: --num-query-groups 10: 8 published (num_key_value_heads)"
+    assert expected in done.out.splitlines()
+    assert done.out.splitlines()[-1].startswith("2 presets: ")
+
+
+@pytest.mark.parametrize("name", ["Qwen3-0.6B", "qwen/qwen3-0.6b", "tree/Qwen/Qwen3-0.6B.sh"])
+def test_lint_takes_names_and_paths(
+    invoke: Invoke, tree: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tree.parent)
+    done = invoke("lint", name, "--presets", "tree")
+    assert (done.code, done.out) == (0, "1 preset: 0 errors, 0 warnings\n")
+
+
+def test_lint_writes_the_same_document_as_check(invoke: Invoke, tree: Path, tmp_path: Path) -> None:
+    invoke("lint", "--presets", tree, "--json", tmp_path / "lint.json")
+    reports = read_report(tmp_path / "lint.json")
+    assert [report.case.preset for report in reports] == ["Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B"]
+    assert [report.outcome for report in reports] == [Outcome.PASSED, Outcome.FAILED]
+
+
+def test_audit_counts_what_each_recipe_pads(invoke: Invoke, tree: Path) -> None:
+    small = tree / "Qwen" / "Qwen3-0.6B.sh"
+    small.write_text(small.read_text().replace("--ffn-hidden-size 3072", "--ffn-hidden-size 3080"))
+    done = invoke("audit", "Qwen3-0.6B", "--recipe", "fp8,nvfp4", "--presets", tree)
+    head, row = (line.split() for line in done.out.splitlines()[:2])
+    assert head == ["preset", "layout", "parameters", "active", "fp8", "nvfp4"]
+    assert row[0] == "Qwen/Qwen3-0.6B"
+    assert row[-3:] == ["ok", "1", "padded"]
+    assert "linear_fc2 takes 3080 inputs, not a multiple of 16" in done.out
+    assert done.code == 1
+
+
+@pytest.mark.parametrize("command", [["list"], ["show", "Qwen3-8B"], ["lint"], ["audit"]], ids=" ".join)
+def test_the_light_commands_import_neither_torch_nor_rich(command: list[str]) -> None:
+    code = (
+        "import sys\n"
+        f"sys.argv = ['harness', *{command!r}]\n"
+        "from harness.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print(sorted({'torch', 'megatron', 'modelopt', 'rich'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+# ---- check ----
+
+
+def test_check_runs_every_preset_by_the_default_recipes(
+    invoke: Invoke, tree: Path, faked: list[Case]
+) -> None:
+    done = invoke("check", "--presets", tree, "--device", "cpu")
+    assert [(case.preset, case.recipe, str(case.layout)) for case in faked] == [
+        (preset, recipe, "tp1")
+        for preset in ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B")
+        for recipe in ("fp8", "nvfp4", "int4_awq")
+    ]
+    assert done.out.splitlines()[-1].startswith("6 cases: 2 passed, 2 failed, 2 error in ")
+    assert done.err.splitlines()[0] == "[1/6] passed  Qwen/Qwen3-0.6B fp8 tp1 cpu  0.1 s"
+
+
+@pytest.mark.parametrize(
+    ("options", "recipes"),
+    [
+        (["--recipe", "nvfp4", "--recipe", "FP8_DEFAULT_CFG"], ["nvfp4", "fp8"]),
+        (["--recipe", "nvfp4,fp8,nvfp4"], ["nvfp4", "fp8"]),
+        (["--recipe", "all"], ["fp8", "int8_smoothquant", "int4_awq", "w4a8_awq_beta", "nvfp4"]),
+    ],
+    ids=["repeated", "commas", "all"],
+)
+def test_recipes(
+    invoke: Invoke, tree: Path, faked: list[Case], options: list[str], recipes: list[str]
+) -> None:
+    invoke("check", "Qwen3-0.6B", "--presets", tree, "--device", "cpu", *options)
+    assert [case.recipe for case in faked] == recipes
+
+
+def test_layouts_may_hold_commas(invoke: Invoke, tree: Path, faked: list[Case]) -> None:
+    options = ("--device", "cpu", "--recipe", "fp8", "--layout", "tp2", "--layout", "tp8,ep4,etp1,pp2")
+    invoke("check", "Qwen3-0.6B", "--presets", tree, *options)
+    assert [str(case.layout) for case in faked] == ["tp2", "tp8,pp2,ep4,etp1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["Qwen3-0.6B", "--recipe", "fp8"], 0),
+        (["Qwen3-8B", "--recipe", "fp8"], 1),
+        (["--recipe", "fp8"], 1),
+        (["Qwen3-0.6B", "--recipe", "int4_awq"], 2),
+        (["--recipe", "fp8,int4_awq"], 2),
+    ],
+    ids=["passed", "failed", "passed-and-failed", "error", "error-and-failed"],
+)
+def test_exit_codes(
+    invoke: Invoke, tree: Path, faked: list[Case], arguments: list[str], code: int, tmp_path: Path
+) -> None:
+    done = invoke("check", *arguments, "--presets", tree, "--device", "cpu", "--json", tmp_path / "r.json")
+    assert done.code == code
+    assert [report.case for report in read_report(tmp_path / "r.json")] == faked
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["Qwen3-9B"], "no preset is called 'Qwen3-9B'; did you mean "),
+        (["--recipe", "nvfp5"], "no recipe is called 'nvfp5'; did you mean nvfp4"),
+        (["--layout", "tp"], "layout 'tp': 'tp' is not a size"),
+        (["--device", "tpu"], "device 'tpu' is not auto, cpu, cuda or cuda:N"),
+        (["--device", "cuda:77"], "device cuda:77 is not on this machine"),
+        (["--jobs", "0"], "--jobs '0' is neither auto nor a number of at least 1"),
+        (["--timeout", "-1"], "--timeout -1 is less than no time"),
+        (
+            ["--json", "/nowhere/r.json"],
+            "report /nowhere/r.json cannot be written: there is no directory /nowhere",
+        ),
+        (["--presets", "/nowhere"], "/nowhere is not a directory of presets"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(
+    invoke: Invoke, tree: Path, faked: list[Case], arguments: list[str], message: str
+) -> None:
+    done = invoke("check", *(["--presets", str(tree)] if "--presets" not in arguments else []), *arguments)
+    assert (done.code, done.out, faked) == (2, "", [])
+    (line,) = done.err.splitlines()
+    assert line.startswith(f"harness: {message}")
+
+
+@pytest.mark.parametrize("command", ["list", "lint", "audit", "check"])
+def test_no_presets_is_exit_code_2(invoke: Invoke, command: str, tmp_path: Path) -> None:
+    done = invoke(command, "--presets", tmp_path)
+    assert (done.code, done.err) == (2, f"harness: no preset (*.sh) below {tmp_path}\n")
+
+
+def test_a_report_that_cannot_be_written_in_the_end_is_exit_code_2(
+    invoke: Invoke, tree: Path, faked: list[Case], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(path: Path, document: object) -> None:
+        raise ReportError(f"report {path} cannot be written: No space left on device")
+
+    monkeypatch.setattr(cli.report, "write_report", full)
+    options = ("--recipe", "fp8", "--presets", tree, "--device", "cpu", "--json", tmp_path / "r.json")
+    done = invoke("check", "Qwen3-0.6B", *options)
+    assert done.code == 2
+    assert "1 case: 1 passed" in done.out
+    assert done.err.splitlines()[-1].endswith("cannot be written: No space left on device")
+
+
+def test_a_fault_of_the_harness_is_a_traceback_and_exit_code_2(
+    invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "lint", lambda file: 1 / 0)
+    done = invoke("lint", "--presets", ROOT / "presets")
+    assert done.code == 2
+    assert "ZeroDivisionError" in done.err
+
+
+def test_json_to_standard_output_is_nothing_but_json(invoke: Invoke, tree: Path, faked: list[Case]) -> None:
+    done = invoke("check", "--presets", tree, "--recipe", "fp8", "--device", "cpu", "--json", "-")
+    assert [result["outcome"] for result in json.loads(done.out)["results"]] == ["passed", "failed"]
+    assert "2 cases: 1 passed, 1 failed" in done.err
+
+
+# ---- repro ----
+
+
+@pytest.fixture
+def reported(tree: Path, tmp_path: Path) -> Path:
+    """A report of both presets by two recipes, the two cases of 8B failed."""
+    cases = [
+        Case(f"Qwen/{name}", str(tree / "Qwen" / f"{name}.sh"), recipe, Layout(), "cpu")
+        for name in ("Qwen3-0.6B", "Qwen3-8B")
+        for recipe in ("fp8", "nvfp4")
+    ]
+    path = tmp_path / "report.json"
+    write_report(path, to_json([fake(case) for case in cases], env={}))
+    return path
+
+
+def test_repro_runs_the_case_that_is_named(invoke: Invoke, reported: Path, faked: list[Case]) -> None:
+    done = invoke("repro", reported, "8b nvfp4")
+    assert done.code == 1
+    assert "Qwen/Qwen3-8B  weight is 3 x 4, expected 4 x 4" in done.out
+    assert "again: harness check Qwen/Qwen3-8B --recipe nvfp4 --layout tp1 --device cpu" in done.out
+
+
+def test_repro_takes_the_only_failure_by_itself(
+    invoke: Invoke, reported: Path, faked: list[Case], tmp_path: Path
+) -> None:
+    one = tmp_path / "one.json"
+    write_report(one, to_json(read_report(reported)[:3], env={}))
+    done = invoke("repro", one, "--json", "-")
+    assert [result["recipe"] for result in json.loads(done.out)["results"]] == ["fp8"]
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("Qwen/Qwen3-8B-fp8-tp1-cpu", "Qwen/Qwen3-8B-fp8-tp1-cpu"),
+        ("qwen3-8b nvfp4", "Qwen/Qwen3-8B-nvfp4-tp1-cpu"),
+        ("0.6b fp8", "Qwen/Qwen3-0.6B-fp8-tp1-cpu"),
+    ],
+)
+def test_a_case_is_named_in_full_or_by_words(reported: Path, words: str, name: str) -> None:
+    assert cli.choose_case(read_report(reported), words, reported).name == name
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (None, "2 cases of r.json failed; name one of them:\n  Qwen/Qwen3-8B-fp8-tp1-cpu\n"),
+        ("8b", "2 cases of r.json match '8b'; name one of them:\n  Qwen/Qwen3-8B-fp8-tp1-cpu\n"),
+        ("mxfp8", "no case of r.json matches 'mxfp8'"),
+    ],
+)
+def test_an_ambiguous_case_lists_what_there_is(reported: Path, words: str | None, message: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        cli.choose_case(read_report(reported), words, Path("r.json"))
+    assert str(raised.value).startswith(message)
+
+
+def test_a_report_without_failures_has_nothing_to_repeat(reported: Path) -> None:
+    with pytest.raises(UsageError, match=r"^no case of r.json failed$"):
+        cli.choose_case(read_report(reported)[:2], None, Path("r.json"))
+
+
+def test_repro_of_a_preset_that_is_elsewhere_says_so(invoke: Invoke, reported: Path, tmp_path: Path) -> None:
+    (report, *_) = read_report(reported)
+    moved = replace(report, case=replace(report.case, path="gone.sh"), outcome=Outcome.FAILED)
+    write_report(tmp_path / "moved.json", to_json([moved], env={}))
+    done = invoke("repro", tmp_path / "moved.json")
+    assert done.code == 2
+    assert "there is no file gone.sh here; run this where" in done.err
+
+
+# ---- processes ----
+
+DRIVER = """
+import functools, time
+from harness import cli, runner
+from harness.case import CaseReport, Outcome
+
+def check(case):
+    if case.recipe != "fp8":
+        time.sleep(600)
+    return CaseReport(case, Outcome.PASSED, 0.0)
+
+if __name__ == "__main__":
+    runner.run_cases = functools.partial(runner.run_cases, check=check, preload=())
+    cli.main()
+"""
+
+
+def session(leader: int) -> list[str]:
+    """The command lines of the processes of a session that live."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            state, _, _, sid = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            if entry.name.isdigit() and int(sid) == leader and state != "Z":
+                found.append((entry / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue
+    return found
+
+
+def wait_until_empty(leader: int) -> list[str]:
+    deadline = time.monotonic() + 10
+    while (left := session(leader)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def only_child(process: subprocess.Popen[str], signum: int) -> None:
+    process.send_signal(signum)
+
+
+def whole_group(process: subprocess.Popen[str], signum: int) -> None:
+    """As a terminal does on Ctrl-C."""
+    os.killpg(process.pid, signum)
+
+
+@pytest.mark.parametrize(
+    ("signum", "send", "code", "message"),
+    [
+        (signal.SIGINT, only_child, 130, "harness: interrupted by SIGINT; no report was written\n"),
+        (signal.SIGINT, whole_group, 130, "harness: interrupted by SIGINT; no report was written\n"),
+        (signal.SIGTERM, only_child, 143, "harness: interrupted by SIGTERM; no report was written\n"),
+        (signal.SIGKILL, only_child, -9, ""),
+    ],
+    ids=["SIGINT", "ctrl-c", "SIGTERM", "SIGKILL"],
+)
+def test_killed_half_way_nothing_is_left(
+    tree: Path,
+    tmp_path: Path,
+    signum: int,
+    send: Callable[[subprocess.Popen[str], int], None],
+    code: int,
+    message: str,
+) -> None:
+    driver, folder = tmp_path / "drive.py", tmp_path / "reports"
+    driver.write_text(DRIVER)
+    folder.mkdir()
+    options = ["--presets", tree, "--device", "cpu", "--jobs", "2", "--json", folder / "report.json"]
+    process = subprocess.Popen(
+        [sys.executable, driver, "check", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("[1/6] passed")
+    assert len(session(process.pid)) >= 4  # this one, the fork server, two workers
+    send(process, signum)
+    _, err = process.communicate(timeout=20)
+    assert wait_until_empty(process.pid) == []
+    assert process.returncode == code
+    assert "".join(line for line in err.splitlines(True) if not line.startswith("[")) == message
+    assert os.listdir(folder) == []
+
+
+def test_killed_while_everything_is_imported_nothing_is_left() -> None:
+    process = subprocess.Popen(
+        [*HARNESS, "check", "Qwen3-0.6B", "--device", "cpu"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 20
+    while len(session(process.pid)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1.0)
+    process.kill()
+    process.wait()
+    assert wait_until_empty(process.pid) == []
+
+
+def test_the_real_thing_end_to_end(tree: Path, tmp_path: Path) -> None:
+    """Megatron and ModelOpt in workers: a right preset passes, a wrong one fails, stderr holds our lines only."""
+    report = tmp_path / "report.json"
+    options = ["--presets", tree, "--recipe", "fp8", "--device", "cpu", "--jobs", "1", "--json", report]
+    done = subprocess.run([*HARNESS, "check", *options], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1, done.stdout + done.stderr
+    good, bad = read_report(report)
+    assert (good.outcome, bad.outcome) == (Outcome.PASSED, Outcome.FAILED)
+    assert {stage.outcome for stage in good.stages} == {Outcome.PASSED}
+    assert good.shrink is not None
+    assert good.stand_ins
+    assert "--num-query-groups 10 (" in done.stdout
+    assert "stand-ins on this machine" in done.stdout
+    assert all(line.startswith("[") for line in done.stderr.splitlines())

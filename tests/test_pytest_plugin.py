@@ -1,0 +1,302 @@
+"""Preset files as test files, by runs of pytest in a process of its own.
+
+``conftest.py`` of each run puts a check in place that needs no torch and does what the preset and recipe say.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness import pytest_plugin
+from harness.pytest_plugin import device_entry, is_preset
+
+pytest_plugins = ["pytester"]
+
+ROOT = Path(__file__).parent.parent
+
+CONFTEST = """
+import os, sys, time
+from harness import pipeline
+from harness.case import CaseReport, Outcome, StandInReport
+from harness.finding import Finding, Severity
+
+GROUPS = Finding("reference", Severity.ERROR, "--num-query-groups 10: 8 published", "--num-query-groups", 22)
+PADDED = Finding("audit", Severity.WARNING, "linear_fc2 takes 896 inputs", "--ffn-hidden-size", 18)
+NORM = StandInReport("TE RMSNorm", "torch", "Transformer Engine is not installed.")
+
+def check(case):
+    if "Hang" in case.preset:
+        time.sleep(60)
+    if case.recipe == "int4_awq":
+        return CaseReport(case, Outcome.SKIPPED, 0.0, reason="no kernel for it here")
+    if case.recipe == "int8_smoothquant":
+        return CaseReport(case, Outcome.ERROR, 0.0, reason="the harness failed: KeyError: 'x'")
+    if case.recipe == "w4a8_awq_beta":
+        raise LookupError(os.environ["OMP_NUM_THREADS"])
+    wrong = "8B" in case.preset
+    findings = (GROUPS, PADDED) if wrong else (PADDED,)
+    outcome = Outcome.FAILED if wrong else Outcome.PASSED
+    return CaseReport(case, outcome, 0.1, findings=findings, stand_ins=(NORM,), log="a word of Megatron" if wrong else "")
+
+pipeline.check = check
+
+def pytest_sessionfinish(session):
+    assert "torch" not in sys.modules, "torch was imported"
+"""
+
+
+@pytest.fixture
+def tree(pytester: pytest.Pytester) -> pytest.Pytester:
+    """``presets/Qwen`` with two presets, a script beside them, and the check."""
+    pytester.makeconftest(CONFTEST)
+    for name in ("presets/Qwen/Qwen3-8B.sh", "presets/Qwen/Qwen3-0.6B.sh", "scripts/build.sh"):
+        path = pytester.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("MODEL_ARGS=' --num-layers 2'\n" if "presets" in name else "make\n")
+    return pytester
+
+
+def run(tree: pytest.Pytester, *arguments: str | Path) -> pytest.RunResult:
+    plugins = ("-p", "harness.pytest_plugin", "-p", "no:cacheprovider")
+    return tree.runpytest_subprocess(*plugins, "--device", "cpu", *arguments)
+
+
+def ids(result: pytest.RunResult) -> list[str]:
+    return [line for line in result.outlines if "::" in line and " " not in line]
+
+
+# ---- collection ----
+
+
+def test_a_preset_has_one_item_per_recipe(tree: pytest.Pytester) -> None:
+    result = run(tree, "presets", "--collect-only", "-q")
+    assert ids(result) == [
+        f"presets/Qwen/{preset}.sh::{recipe}"
+        for preset in ("Qwen3-0.6B", "Qwen3-8B")
+        for recipe in ("fp8", "nvfp4", "int4_awq")
+    ]
+
+
+def test_with_several_layouts_an_item_names_its_own(tree: pytest.Pytester) -> None:
+    options = ("--recipe", "fp8", "--layout", "tp1", "--layout", "tp2,ep4")
+    result = run(tree, "presets/Qwen/Qwen3-8B.sh", "--collect-only", "-q", *options)
+    assert ids(result) == [
+        "presets/Qwen/Qwen3-8B.sh::fp8-tp1",
+        "presets/Qwen/Qwen3-8B.sh::fp8-tp2,ep4",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("Qwen3 and nvfp4", ["Qwen3-0.6B.sh::nvfp4", "Qwen3-8B.sh::nvfp4"]),
+        ("8B and not nvfp4", ["Qwen3-8B.sh::fp8", "Qwen3-8B.sh::int4_awq"]),
+        ("qwen3-8b and tp1 and fp8", ["Qwen3-8B.sh::fp8"]),
+    ],
+)
+def test_k_takes_words_of_preset_recipe_and_layout(
+    tree: pytest.Pytester, expression: str, expected: list[str]
+) -> None:
+    result = run(tree, "presets", "--collect-only", "-q", "-k", expression)
+    assert [line.removeprefix("presets/Qwen/") for line in ids(result)] == expected
+
+
+def test_one_case_by_its_id(tree: pytest.Pytester) -> None:
+    result = run(tree, "presets/Qwen/Qwen3-0.6B.sh::nvfp4")
+    result.assert_outcomes(passed=1)
+
+
+def test_scripts_are_no_presets_unless_named(tree: pytest.Pytester) -> None:
+    everywhere = run(tree, "--collect-only", "-q", "--recipe", "fp8")
+    assert ids(everywhere) == ["presets/Qwen/Qwen3-0.6B.sh::fp8", "presets/Qwen/Qwen3-8B.sh::fp8"]
+    here = run(tree, ".", "--collect-only", "-q", "--recipe", "fp8")
+    assert ids(here) == ids(everywhere)
+    named = run(tree, "scripts/build.sh", "--collect-only", "-q", "--recipe", "fp8")
+    assert ids(named) == ["scripts/build.sh::fp8"]
+
+
+def test_what_is_a_preset(tmp_path: Path) -> None:
+    script, preset = tmp_path / "build.sh", tmp_path / "model.sh"
+    script.write_text("make\n")
+    preset.write_text("MODEL_ARGS=''\n")
+    assert not is_preset(preset, [])
+    assert is_preset(script, [script])
+    assert is_preset(preset, [tmp_path])
+    assert not is_preset(script, [tmp_path])
+    assert is_preset(Path("/x/presets/Org/model.sh"), [])
+    assert not is_preset(Path("/x/presets/Org/model.toml"), [])
+
+
+def test_a_tree_elsewhere_needs_only_the_plugin(tree: pytest.Pytester, tmp_path: Path) -> None:
+    outside = tmp_path / "elsewhere" / "models"
+    outside.mkdir(parents=True)
+    shutil.copy(tree.path / "presets" / "Qwen" / "Qwen3-8B.sh", outside / "Own-8B.sh")
+    shutil.copy(tree.path / "conftest.py", outside)
+    result = run(tree, outside.parent, "--recipe", "fp8")
+    result.assert_outcomes(failed=1)
+    again = f"  again: harness check models/Own-8B --recipe fp8 --layout tp1 --device cpu --presets {outside}"
+    assert again in result.outlines
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["one", "xdist"])
+def test_a_preset_folder_without_presets_is_wrong_usage(
+    tree: pytest.Pytester, workers: tuple[str, ...]
+) -> None:
+    tree.makepyfile(test_other="def test_other(): pass")
+    (tree.path / "presets" / "Empty").mkdir()
+    result = run(tree, "test_other.py", "presets/Empty", *workers)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert f"no preset (*.sh) below {tree.path / 'presets' / 'Empty'}" in result.stderr.str()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["scripts"], pytest.ExitCode.NO_TESTS_COLLECTED), (["none.sh"], pytest.ExitCode.USAGE_ERROR)],
+    ids=["no-preset-in-it", "no-such-file"],
+)
+def test_nothing_to_run_is_never_a_pass(
+    tree: pytest.Pytester, arguments: list[str], code: pytest.ExitCode
+) -> None:
+    assert run(tree, *arguments).ret == code
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recipe", "nvfp5"], "no recipe is called 'nvfp5'; did you mean nvfp4"),
+        (["--layout", "tp"], "layout 'tp': 'tp' is not a size"),
+        (["--device", "cuda:77"], "device cuda:77 is not on this machine"),
+    ],
+    ids=["recipe", "layout", "device"],
+)
+def test_wrong_options_are_wrong_usage(tree: pytest.Pytester, options: list[str], message: str) -> None:
+    result = run(tree, "presets", *options)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert message in result.stderr.str()
+
+
+# ---- running ----
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["one", "xdist"])
+def test_outcomes_messages_and_the_summary(tree: pytest.Pytester, workers: tuple[str, ...]) -> None:
+    result = run(tree, "presets", "-rs", "--recipe", "fp8,nvfp4,int4_awq", *workers)
+    result.assert_outcomes(passed=2, failed=2, skipped=2)
+    text = result.outlines
+    start = text.index("Qwen/Qwen3-8B  failed in reference")
+    assert text[start + 1 : start + 3] == [
+        "  --num-query-groups 10 (presets/Qwen/Qwen3-8B.sh:22): 8 published",
+        "  again: harness check Qwen/Qwen3-8B --recipe fp8 --layout tp1 --device cpu",
+    ]
+    assert "a word of Megatron" in text
+    result.stdout.fnmatch_lines(["SKIPPED * no kernel for it here"])
+    for preset in ("Qwen3-0.6B", "Qwen3-8B"):
+        warning = f"(presets/Qwen/{preset}.sh:18): linear_fc2 takes 896 inputs"
+        assert text.count(f"Qwen/{preset}  --ffn-hidden-size {warning}") == 1
+    assert text.count("TE RMSNorm: torch. Transformer Engine is not installed.") == 1
+    result.stdout.fnmatch_lines(["*= warnings in presets =*", "*= stand-ins on this machine =*"])
+
+
+def test_a_fault_of_the_harness_fails_the_case(tree: pytest.Pytester) -> None:
+    result = run(tree, "presets/Qwen/Qwen3-0.6B.sh", "--recipe", "int8_smoothquant")
+    result.assert_outcomes(failed=1)
+    assert "Qwen/Qwen3-0.6B  the harness failed: KeyError: 'x'" in result.outlines
+
+
+def test_a_case_beyond_its_time_fails_and_the_next_runs(tree: pytest.Pytester) -> None:
+    (tree.path / "presets" / "Qwen" / "Hang.sh").write_text("")
+    result = run(tree, "presets", "-k", "Hang or 0.6B", "--recipe", "fp8", "--case-timeout", "0.5")
+    result.assert_outcomes(passed=1, failed=1)
+    assert "Qwen/Hang  timed out after 0.5 s" in result.outlines
+
+
+def test_xdist_workers_share_the_cores(tree: pytest.Pytester) -> None:
+    result = run(tree, "presets/Qwen/Qwen3-0.6B.sh", "--recipe", "w4a8_awq_beta", "-n", "2")
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert f"Qwen/Qwen3-0.6B  the harness failed: LookupError: {threads}" in result.outlines
+
+
+def test_warnings_of_libraries_do_not_fail_a_case(tree: pytest.Pytester) -> None:
+    with (tree.path / "conftest.py").open("a") as stream:
+        stream.write("import warnings\n_check = check\n")
+        stream.write("pipeline.check = lambda case: warnings.warn('old') or _check(case)\n")
+    result = run(tree, "presets/Qwen/Qwen3-0.6B.sh", "--recipe", "fp8", "-W", "error")
+    result.assert_outcomes(passed=1, warnings=1)
+
+
+def test_collecting_real_presets_imports_no_torch() -> None:
+    code = (
+        "import pytest, sys\n"
+        "code = pytest.main(['presets', '--collect-only', '-q', '-p', 'no:cacheprovider'])\n"
+        "print(int(code), 'torch' in sys.modules, 'megatron' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "0 False False", done.stdout + done.stderr
+    assert "presets/Qwen/Qwen3-8B.sh::fp8" in done.stdout
+
+
+# ---- workers and devices ----
+
+
+@pytest.mark.parametrize(
+    ("visible", "index", "entry"),
+    [(None, 0, "0"), (None, 3, "3"), ("2,5", 1, "5"), ("GPU-aa, GPU-bb", 0, "GPU-aa"), (" 7 ", 0, "7")],
+)
+def test_a_pinned_worker_stays_within_the_callers_devices(
+    visible: str | None, index: int, entry: str
+) -> None:
+    assert device_entry(visible, index) == entry
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "pinned"),
+    [
+        ("auto", None, ["0", "1", "0"]),
+        ("cuda", "4,6", ["4", "6", "4"]),
+        ("cuda:1", "4,6", ["6", "6", "6"]),
+        ("cpu", "4,6", ["4,6", "4,6", "4,6"]),
+    ],
+)
+def test_workers_take_the_visible_devices_in_turn(
+    monkeypatch: pytest.MonkeyPatch, device: str, visible: str | None, pinned: list[str]
+) -> None:
+    monkeypatch.setattr("harness.devices.free_gpu_memory", lambda: (80 << 30, 80 << 30))
+    monkeypatch.setattr("harness.runner.pin_threads", lambda threads: None)
+    seen = []
+    for index in range(3):
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        name = pytest_plugin._pin(device, index, 3)
+        assert name == ("cpu" if device == "cpu" else "cuda:0")
+        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert seen == pinned
+
+
+@pytest.mark.parametrize(
+    ("device", "workers"), [("auto", 5), ("cuda", 5), ("cuda:1", 3), ("cpu", 8)], ids=str
+)
+def test_the_number_of_workers_is_what_the_devices_carry(
+    monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config, device: str, workers: int
+) -> None:
+    by_device = {"cuda:0": 2, "cuda:1": 3, "cpu": 8}
+    monkeypatch.setattr("harness.devices.gpu_count", lambda: 2)
+    monkeypatch.setattr(pytest_plugin, "gpu_count", lambda: 2)
+    monkeypatch.setattr(pytest_plugin, "worker_count", by_device.__getitem__)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setattr(pytestconfig.option, "device", device)
+    assert pytest_plugin.pytest_xdist_auto_num_workers(pytestconfig) == workers
+
+
+def test_n_auto_asks_the_harness(tree: pytest.Pytester) -> None:
+    with (tree.path / "conftest.py").open("a") as stream:
+        stream.write("from harness import pytest_plugin\npytest_plugin.worker_count = lambda device: 3\n")
+    result = run(tree, "presets", "--recipe", "fp8", "-n", "auto")
+    result.stdout.fnmatch_lines(["*3 workers*"])

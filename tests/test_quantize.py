@@ -1,0 +1,418 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from harness.architecture import Architecture, architecture
+from harness.arguments import resolve
+from harness.build import build_model
+from harness.finding import Finding, Severity
+from harness.flags import parse_flags
+from harness.layout import Layout
+from harness.quantize import (
+    LARGEST_ERROR,
+    Quantization,
+    check_amax,
+    check_experts,
+    check_matrices,
+    check_off,
+    check_output,
+    check_scales,
+    expected_matrices,
+    quantize,
+    quantizers_off,
+    relative_error,
+)
+from harness.recipes import RECIPES, Recipe, find_recipe
+from harness.shell import Word
+from harness.standins import installed
+from harness.standins.output import captured
+from harness.trace import forward, token_ids
+from harness.world import open_world
+
+import modelopt.torch.quantization as mtq  # isort: skip
+from modelopt.torch.quantization.nn import TensorQuantizer  # isort: skip
+
+CPU = torch.device("cpu")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none here")
+every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+
+COMMON = (
+    "--bf16 --no-masked-softmax-fusion --disable-bias-linear --position-embedding-type rope --no-rope-fusion "
+    "--normalization RMSNorm --swiglu --seq-length 64 --max-position-embeddings 96 --rotary-base 1000000 "
+    "--no-bias-swiglu-fusion --padded-vocab-size 320 --num-layers 2 --hidden-size 128 --ffn-hidden-size 384 "
+    "--num-attention-heads 8 --group-query-attention --num-query-groups 2 --kv-channels 32 "
+)
+QWEN3 = COMMON + "--untie-embeddings-and-output-weights --qk-layernorm"
+MODELS = {
+    "Qwen3": QWEN3,
+    "Qwen2.5": COMMON + "--add-qkv-bias",
+    "Qwen3-MoE": QWEN3 + " --num-experts 8 --moe-ffn-hidden-size 128 --moe-router-topk 2 "
+    "--moe-router-dtype fp32 --moe-token-dispatcher-type alltoall",
+    "GPT-2": "--bf16 --seq-length 64 --max-position-embeddings 96 --num-layers 2 --hidden-size 128 "
+    "--num-attention-heads 8 --padded-vocab-size 320",
+}
+QKV, PROJ = (f"decoder.layers.0.self_attention.linear_{name}" for name in ("qkv", "proj"))
+FC1, FC2 = (f"decoder.layers.0.mlp.linear_{name}" for name in ("fc1", "fc2"))
+FP8, NVFP4, AWQ, SMOOTHQUANT = map(find_recipe, ("fp8", "nvfp4", "int4_awq", "int8_smoothquant"))
+NAN, INF = float("nan"), float("inf")
+
+
+def model_of(name: str) -> Architecture:
+    flags, wrong = parse_flags([Word(word, 1, 1, False) for word in MODELS[name].split()])
+    assert not wrong
+    return architecture(resolve(flags)[0])
+
+
+def build(name: str, seed: int = 1234) -> Any:
+    with captured():
+        return build_model(model_of(name), Layout(), CPU, seed)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world() -> Iterator[None]:
+    with installed(CPU), open_world(Layout(), CPU):
+        yield
+
+
+@pytest.fixture
+def model(request: pytest.FixtureRequest) -> Any:
+    """A small Qwen3, quantized with the test's ``recipe``, fp8 where it has none."""
+    recipe = request.getfixturevalue("recipe") if "recipe" in request.fixturenames else FP8
+    model = build("Qwen3")
+    assert quantize(model, recipe, model_of("Qwen3"), CPU).findings == ()
+    return model
+
+
+def config_of(recipe: Recipe) -> dict[str, Any]:
+    config: dict[str, Any] = copy.deepcopy(getattr(mtq, recipe.config_name))
+    return config
+
+
+def logits(model: Any, seed: int = 3) -> torch.Tensor:
+    with captured():
+        return forward(model, token_ids(320, 3, 24, CPU, seed))
+
+
+def messages(findings: tuple[Finding, ...]) -> list[str]:
+    return [finding.message for finding in findings]
+
+
+# What should go through
+
+
+@every_recipe
+@pytest.mark.parametrize("name", MODELS)
+def test_recipe_goes_through(name: str, recipe: Recipe, capfd: pytest.CaptureFixture[str]) -> None:
+    small = model_of(name)
+    result = quantize(build(name), recipe, small, CPU)
+    assert result.findings == ()
+    experts = small.moe.num_experts if small.moe else 1
+    assert len(result.matrices) == 2 * (2 + 2 * experts)
+    assert result.quantizers == len(result.matrices) * (len(recipe.weights) + bool(recipe.inputs))
+    assert result.error is not None and 0 < result.error < LARGEST_ERROR[recipe.name] * 2**0.5
+    assert (result.error_when_off == 0) == (not recipe.folds_scales)
+    assert "Inserted" in result.log
+    assert capfd.readouterr() == ("", "")
+
+
+def test_same_numbers_every_time() -> None:
+    def run() -> Quantization:
+        return quantize(build("Qwen3-MoE"), NVFP4, model_of("Qwen3-MoE"), CPU)
+
+    assert run() == run()
+
+
+def test_calibration_grows_with_experts_per_token() -> None:
+    small = model_of("Qwen3-MoE")
+    assert quantize(build("Qwen3-MoE"), FP8, small, CPU).tokens == 8 * 24  # 48 x 8 experts / top-2
+    assert quantize(build("Qwen3"), FP8, model_of("Qwen3"), CPU).tokens == 3 * 24
+
+
+def test_modelopt_is_left_as_it_was() -> None:
+    from modelopt.torch.quantization.nn import QuantModuleRegistry
+    from modelopt.torch.quantization.nn.modules import tensor_quantizer
+    from modelopt.torch.quantization.plugins import custom
+
+    def state() -> tuple[object, ...]:
+        return (
+            set(QuantModuleRegistry._registry),
+            dict(tensor_quantizer._QUANT_FUNCTIONAL_BACKENDS),
+            set(custom.CUSTOM_MODEL_PLUGINS),
+            repr([getattr(mtq, recipe.config_name) for recipe in RECIPES]),
+        )
+
+    before = state()
+    quantize(build("Qwen3-MoE"), AWQ, model_of("Qwen3-MoE"), CPU)
+    assert state() == before
+
+
+def test_expected_matrices_do_not_depend_on_modelopt() -> None:
+    model = build("Qwen3-MoE")
+    before = expected_matrices(model)
+    assert not any("router" in name or "output_layer" in name for name in before)
+    quantize(model, FP8, model_of("Qwen3-MoE"), CPU)
+    assert expected_matrices(model) == before
+
+
+# A matrix that is not quantized
+
+
+def test_a_quantizer_that_is_off_is_found(model: Any) -> None:
+    model.get_submodule(QKV).weight_quantizer.disable()
+    (finding,) = check_matrices(model, FP8, expected_matrices(model))
+    assert finding.message == (
+        f"layers.0.self_attention.linear_qkv  weight_quantizer is off, fp8 makes it {FP8.weights[0]}"
+    )
+    assert (finding.stage, finding.severity, finding.module) == ("quantize", Severity.ERROR, QKV)
+    assert (finding.expected, finding.actual) == (FP8.weights, ())
+
+
+def test_fake_quantization_that_is_off_is_found(model: Any) -> None:
+    model.get_submodule(FC2).input_quantizer.disable_quant()
+    (finding,) = check_matrices(model, FP8, expected_matrices(model))
+    assert finding.message.startswith("layers.0.mlp.linear_fc2  input_quantizer is off")
+
+
+@pytest.mark.parametrize("recipe", [NVFP4], ids=["nvfp4"])
+def test_another_block_size_is_found(model: Any, recipe: Recipe) -> None:
+    model.get_submodule(PROJ).weight_quantizer.block_sizes = {-1: 32, "type": "dynamic", "scale_bits": (4, 3)}
+    (finding,) = check_matrices(model, NVFP4, expected_matrices(model))
+    assert "weight_quantizer is Format(num_bits=(2, 1), block_size=32" in finding.message
+    assert "nvfp4 makes it Format(num_bits=(2, 1), block_size=16" in finding.message
+
+
+@pytest.mark.parametrize("recipe", [find_recipe("w4a8_awq_beta")], ids=["w4a8_awq_beta"])
+def test_a_missing_second_stage_is_found(model: Any, recipe: Recipe) -> None:
+    model.get_submodule(PROJ).weight_quantizer[1].disable()
+    (finding,) = check_matrices(model, recipe, expected_matrices(model))
+    assert (finding.module, finding.actual) == (PROJ, recipe.weights[:1])
+
+
+def test_what_should_stay_is_not_quantized(model: Any) -> None:
+    model.output_layer.weight_quantizer.enable()
+    (finding,) = check_matrices(model, FP8, expected_matrices(model))
+    assert finding.message == "output_layer  weight_quantizer is on, fp8 leaves it off"
+
+
+def test_a_pattern_that_matches_only_some_is_found() -> None:
+    config = config_of(FP8)
+    config["quant_cfg"][1]["quantizer_name"] = "*linear_fc*weight_quantizer"
+    result = quantize(build("Qwen3"), FP8, model_of("Qwen3"), CPU, config=config)
+    assert [(finding.module, finding.actual) for finding in result.findings] == [
+        (f"decoder.layers.{layer}.self_attention.{name}", ())
+        for layer in (0, 1)
+        for name in ("linear_proj", "linear_qkv")
+    ]
+
+
+def test_a_pattern_that_matches_nothing_raises_as_modelopt_does() -> None:
+    config = config_of(FP8)
+    config["quant_cfg"][1]["quantizer_name"] = "*wieght_quantizer"
+    config["quant_cfg"][2]["quantizer_name"] = "*inptu_quantizer"
+    result = quantize(build("Qwen3"), FP8, model_of("Qwen3"), CPU, config=config)
+    # ModelOpt raises only for patterns that name weight quantizers; a misspelt one passes in silence.
+    assert len(result.findings) == 2 * 8 + 1
+    assert result.findings[-1].message == "fp8 changed no logit at all"
+
+
+def test_what_modelopt_raises_comes_through() -> None:
+    config = config_of(FP8)
+    config["quant_cfg"][1]["quantizer_name"] = "*transformer.h*weight_quantizer"
+    with pytest.raises(RuntimeError, match="no weight quantizer is enabled"):
+        quantize(build("Qwen3"), FP8, model_of("Qwen3"), CPU, config=config)
+
+
+# Calibration
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(NAN, "nan"), (INF, "inf"), (0.0, "0"), (-1.0, "-1")], ids=["nan", "inf", "0", "-1"]
+)
+@pytest.mark.parametrize("attribute", ["input_quantizer", "weight_quantizer"])
+def test_amax_that_is_no_amax(model: Any, attribute: str, value: float, words: str) -> None:
+    getattr(model.get_submodule(FC1), attribute)._amax.fill_(value)
+    (finding,) = check_amax(model)
+    assert finding.message == (
+        f"layers.0.mlp.linear_fc1  {attribute} amax is {words}, expected a finite positive number"
+    )
+    assert finding.module == FC1
+
+
+@pytest.mark.parametrize("recipe", [FP8, NVFP4, AWQ], ids=["fp8", "nvfp4", "int4_awq"])
+def test_no_amax_at_all(model: Any, recipe: Recipe) -> None:
+    quantizer = model.get_submodule(FC1).weight_quantizer
+    del quantizer._amax
+    (finding,) = check_amax(model)
+    assert finding.message == "layers.0.mlp.linear_fc1  weight_quantizer has no amax: it never saw data"
+    assert finding.actual is None
+
+
+@pytest.mark.parametrize("recipe", [AWQ], ids=["int4_awq"])
+def test_one_bad_block_among_many(model: Any, recipe: Recipe) -> None:
+    model.get_submodule(QKV).weight_quantizer._amax.view(-1)[5] = NAN
+    (finding,) = check_amax(model)
+    assert finding.message == (
+        "layers.0.self_attention.linear_qkv  weight_quantizer amax is nan in 1 of 384 places, "
+        "expected a finite positive number"
+    )
+
+
+@pytest.mark.parametrize("recipe", [AWQ, SMOOTHQUANT], ids=["int4_awq", "int8_smoothquant"])
+def test_scale_that_is_no_scale(model: Any, recipe: Recipe) -> None:
+    model.get_submodule(FC2).input_quantizer._pre_quant_scale[7] = INF
+    (finding,) = check_scales(model, recipe, expected_matrices(model))
+    assert finding.message == (
+        "layers.0.mlp.linear_fc2  pre_quant_scale is inf in 1 of 384 places, "
+        "expected a finite positive number"
+    )
+
+
+@pytest.mark.parametrize("recipe", [AWQ], ids=["int4_awq"])
+def test_no_scale_at_all(model: Any, recipe: Recipe) -> None:
+    del model.get_submodule(FC2).input_quantizer._pre_quant_scale
+    (finding,) = check_scales(model, recipe, expected_matrices(model))
+    assert finding.message == "layers.0.mlp.linear_fc2  has no pre_quant_scale, expected 384"
+
+
+@every_recipe
+def test_starved_experts_are_found(recipe: Recipe) -> None:
+    """Two opposite pairs of large router rows always win, and the other four experts see nothing.
+
+    ModelOpt gives those an amax all the same, of their neighbours or of their weights alone.
+    """
+    model = build("Qwen3-MoE")
+    router = model.decoder.layers[1].mlp.router
+    with torch.no_grad():
+        for row, other in ((0, 1), (2, 3)):
+            router.weight[row] *= 1e4
+            router.weight[other] = -router.weight[row]
+    result = quantize(model, recipe, model_of("Qwen3-MoE"), CPU)
+    starved = [finding for finding in result.findings if "calibration tokens" in finding.message]
+    assert messages(tuple(starved)) == [
+        f"layers.1.mlp.experts.local_experts.{index}  saw none of the 192 calibration tokens"
+        for index in (4, 5, 6, 7)
+    ]
+    assert starved[0].module == "decoder.layers.1.mlp.experts.local_experts.4"
+    assert check_amax(model) == ()
+
+
+def test_experts_with_tokens_are_no_finding() -> None:
+    assert check_experts({"decoder.layers.0.mlp.experts.local_experts.0": 1}, 72) == ()
+
+
+# Output
+
+
+@every_recipe
+def test_output_that_did_not_change(recipe: Recipe) -> None:
+    before = logits(build("Qwen3"))
+    (finding,) = check_output(recipe, 2, before, before.clone())
+    assert finding.message == f"{recipe.name} changed no logit at all"
+
+
+def test_output_of_another_shape_or_not_finite() -> None:
+    before = torch.ones(2, 3, 5)
+    (finding,) = check_output(FP8, 2, before, torch.ones(2, 3, 4))
+    assert finding.message == "quantized logits are 2 x 3 x 4, expected 2 x 3 x 5"
+    (finding,) = check_output(FP8, 2, before, torch.full((2, 3, 5), NAN))
+    assert finding.message == "30 of 30 quantized logits are not finite"
+
+
+@every_recipe
+def test_output_beyond_its_bound(recipe: Recipe) -> None:
+    """Another model's logits are as far off as anything; a format of half the bits is too far, too."""
+    before, other = logits(build("Qwen3")), logits(build("Qwen3", seed=1))
+    (finding,) = check_output(recipe, 2, before, other)
+    bound = LARGEST_ERROR[recipe.name] * 2**0.5
+    assert finding.message.startswith(f"{recipe.name} moves the logits by 1.4 of their size")
+    assert finding.message.endswith(f"expected at most {bound:.2g}")
+    assert check_output(recipe, 2, before, before * (1 + 0.9 * bound)) == ()
+
+
+def test_four_bits_are_beyond_the_bound_of_eight() -> None:
+    config = config_of(FP8)
+    for entry in config["quant_cfg"][1:3]:
+        entry["cfg"]["num_bits"] = 4
+    result = quantize(build("Qwen3"), FP8, model_of("Qwen3"), CPU, config=config)
+    assert any(message.startswith("fp8 moves the logits by") for message in messages(result.findings))
+
+
+def test_an_amax_gone_wrong_is_beyond_the_bound(model: Any) -> None:
+    before = logits(build("Qwen3"))
+    assert check_output(FP8, 2, before, logits(model)) == ()
+    model.get_submodule(FC1).input_quantizer._amax.mul_(0.1)
+    (finding,) = check_output(FP8, 2, before, logits(model))
+    assert finding.message.startswith("fp8 moves the logits by")
+
+
+@every_recipe
+def test_off_means_off(model: Any, recipe: Recipe) -> None:
+    before, after = logits(build("Qwen3")), logits(model)
+    with quantizers_off(model):
+        off = logits(model)
+    assert check_off(recipe, 2, before, off) == ()
+    assert torch.equal(logits(model), after)
+    assert check_off(recipe, 2, before, after)
+
+
+def test_a_weight_that_calibration_changed_is_found(model: Any) -> None:
+    before = logits(build("Qwen3"))
+    with torch.no_grad():
+        model.get_submodule(FC1).weight[3, 5] += 1
+    with quantizers_off(model):
+        (finding,) = check_off(FP8, 2, before, logits(model))
+    assert finding.message.startswith("with every quantizer off ")
+    assert finding.message.endswith(f" of {before.numel()} logits are not what they were")
+
+
+@pytest.mark.parametrize("recipe", [AWQ], ids=["int4_awq"])
+def test_a_scale_that_was_not_folded_is_found(model: Any, recipe: Recipe) -> None:
+    before = logits(build("Qwen3"))
+    model.get_submodule(FC1).input_quantizer._pre_quant_scale.mul_(1.1)
+    with quantizers_off(model):
+        (finding,) = check_off(AWQ, 2, before, logits(model))
+    assert finding.message.startswith("with every quantizer off the logits differ by")
+
+
+def test_relative_error() -> None:
+    ones = torch.ones(1, 3, 4)
+    assert relative_error(ones, ones) == 0
+    assert relative_error(ones, ones * 1.5) == pytest.approx(0.5)
+    one_token_elsewhere = torch.cat([ones[:, :2], -ones[:, 2:]], dim=1)
+    assert relative_error(ones, one_token_elsewhere) == 0
+    assert relative_error(ones, ones[:, :2]) is None
+
+
+def test_every_quantizer_is_counted(model: Any) -> None:
+    enabled = [m for m in model.modules() if isinstance(m, TensorQuantizer) and m.is_enabled]
+    assert len(enabled) == 2 * 8
+
+
+# CUDA
+
+
+@pytest.mark.gpu
+@needs_cuda
+@every_recipe
+@pytest.mark.parametrize("name", MODELS)
+def test_recipe_goes_through_on_cuda(name: str, recipe: Recipe) -> None:
+    import subprocess
+    import sys
+
+    # Another process: this one has a world open on the CPU.
+    code = f"""
+import torch
+from test_quantize import *
+device = torch.device("cuda", 0)
+with installed(device) as stand_ins, open_world(Layout(), device), captured():
+    small = model_of({name!r})
+    result = quantize(build_model(small, Layout(), device), find_recipe({recipe.name!r}), small, device)
+assert result.findings == (), result.findings
+assert not any("NVFP4" in record.target for record in stand_ins)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=__file__.rpartition("/")[0])

@@ -1,0 +1,185 @@
+"""Cases over worker processes: order, faults, time limits, and nothing left behind.
+
+The checks here are small functions of this module, which the workers import by name; no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from harness.case import Case, CaseReport, Outcome, StandInReport
+from harness.errors import UsageError
+from harness.finding import Finding, Severity
+from harness.layout import Layout
+from harness.runner import pin_threads, run_cases, safely, spread
+
+
+def case(preset: str, recipe: str = "fp8") -> Case:
+    return Case(preset, f"presets/{preset}.sh", recipe, Layout(), "cpu")
+
+
+class Odd:
+    """A value that only the worker can make sense of."""
+
+    def __str__(self) -> str:
+        return "odd"
+
+    def __reduce__(self) -> str:
+        raise TypeError("this value does not cross processes")
+
+
+def play(case: Case) -> CaseReport:
+    """Do what the preset's name says."""
+    _, _, action = case.preset.partition("/")
+    if action == "segfault":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if action == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if action == "exit":
+        os._exit(7)
+    if action == "hang":
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        time.sleep(600)
+    if action == "raise":
+        raise KeyError("x")
+    if action == "usage":
+        raise UsageError("device cuda:9 is not on this machine")
+    if action == "print":
+        print("from python")
+        os.write(1, b"from C\n")
+        os._exit(3)
+    if action == "slow":
+        time.sleep(0.3)
+    finding = Finding("audit", Severity.WARNING, "seen", expected=Odd(), actual=(1, 2))
+    pid = StandInReport(f"pid {os.getpid()}", "", os.environ["OMP_NUM_THREADS"])
+    return CaseReport(case, Outcome.PASSED, 0.1, findings=(finding,), stand_ins=(pid,))
+
+
+def run(*presets: str, jobs: int = 2, timeout: float | None = 60.0) -> list[CaseReport]:
+    return run_cases([case(f"Org/{preset}") for preset in presets], jobs, timeout, check=play, preload=())
+
+
+def test_reports_come_in_the_order_of_the_cases() -> None:
+    done: list[str] = []
+    cases = [case(f"Org/{name}", recipe) for name in ("slow", "a", "b") for recipe in ("fp8", "nvfp4")]
+    reports = run_cases(
+        cases, 2, 60.0, on_done=lambda report: done.append(report.case.name), check=play, preload=()
+    )
+    assert [report.case for report in reports] == cases
+    assert sorted(done) == sorted(report.case.name for report in reports)
+    assert {report.outcome for report in reports} == {Outcome.PASSED}
+
+
+def test_what_does_not_cross_processes_becomes_text() -> None:
+    (report,) = run("a")
+    (finding,) = report.findings
+    assert (finding.expected, finding.actual) == ("odd", [1, 2])
+
+
+def test_one_worker_takes_one_case_after_the_other() -> None:
+    reports = run("a", "b", "c", jobs=1)
+    pids = {report.stand_ins[0].target for report in reports}
+    assert len(pids) == 1
+    assert pids != {f"pid {os.getpid()}"}
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_workers_share_the_cores(jobs: int) -> None:
+    threads = {report.stand_ins[0].reason for report in run("a", "b", jobs=jobs)}
+    assert threads == {str(max(1, len(os.sched_getaffinity(0)) // jobs))}
+
+
+@pytest.mark.parametrize(
+    ("action", "reason"),
+    [
+        ("segfault", "the worker was killed by SIGSEGV"),
+        ("killed", "the worker was killed by SIGKILL, as happens when memory runs out"),
+        ("exit", "the worker exited with code 7"),
+        ("raise", "the harness failed: KeyError: 'x'"),
+        ("usage", "device cuda:9 is not on this machine"),
+    ],
+)
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_worker_that_dies_costs_its_case_and_no_other(action: str, reason: str, jobs: int) -> None:
+    reports = run("a", action, "b", "c", jobs=jobs)
+    assert [report.outcome for report in reports] == ["passed", "error", "passed", "passed"]
+    assert reports[1].reason == reason
+
+
+def test_every_case_of_a_worker_that_always_dies_is_reported() -> None:
+    assert [report.reason for report in run("exit", "exit", "exit")] == ["the worker exited with code 7"] * 3
+
+
+def test_a_case_beyond_its_time_is_ended_and_its_neighbours_pass() -> None:
+    start = time.monotonic()
+    reports = run("a", "hang", "b", "c", timeout=1.0)
+    assert [report.outcome for report in reports] == ["passed", "error", "passed", "passed"]
+    assert reports[1].reason == "timed out after 1 s"
+    assert 1.0 <= reports[1].seconds < 5.0
+    assert time.monotonic() - start < 20
+
+
+def test_the_time_limit_is_per_case() -> None:
+    reports = run("slow", "slow", "slow", "slow", jobs=1, timeout=0.9)
+    assert {report.outcome for report in reports} == {Outcome.PASSED}
+
+
+def test_what_a_dead_worker_had_to_say_is_its_log(capfd: pytest.CaptureFixture[str]) -> None:
+    (report,) = run("print")
+    assert report.log.endswith("from C\n")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_place_of_a_segmentation_fault_is_in_the_log() -> None:
+    (report,) = run("segfault")
+    assert "Fatal Python error: Segmentation fault" in report.log
+    assert "in play" in report.log
+
+
+def test_no_worker_outlives_the_run() -> None:
+    reports = run("a", "b", "slow", "c")
+    pids = [int(report.stand_ins[0].target.removeprefix("pid ")) for report in reports]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_an_exception_in_on_done_ends_the_workers() -> None:
+    def stop(report: CaseReport) -> None:
+        pids.append(int(report.stand_ins[0].target.removeprefix("pid ")))
+        raise RuntimeError("stop")
+
+    pids: list[int] = []
+    with pytest.raises(RuntimeError, match="stop"):
+        run_cases([case("Org/a"), case("Org/hang")], 2, None, on_done=stop, check=play, preload=())
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_no_cases_are_no_reports() -> None:
+    assert run() == []
+
+
+def test_cases_of_one_preset_are_spread() -> None:
+    cases = [case(preset, recipe) for preset in ("a", "b") for recipe in ("1", "2", "3")]
+    order = [cases[index] for index in spread(cases)]
+    assert [(c.preset, c.recipe) for c in order] == [
+        ("a", "1"), ("b", "1"), ("a", "2"), ("b", "2"), ("a", "3"), ("b", "3"),
+    ]  # fmt: skip
+
+
+def test_pinning_threads_imports_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "9")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    pin_threads(3)
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+    assert "torch" not in sys.modules
+
+
+def test_a_check_that_cannot_run_is_an_error_with_its_traceback() -> None:
+    report = safely(play, case("Org/raise"))
+    assert (report.outcome, report.reason) == (Outcome.ERROR, "the harness failed: KeyError: 'x'")
+    assert "in play" in report.log
