@@ -83,6 +83,26 @@ FAMILIES = (
 )
 _BY_TYPE = {family.model_type: family for family in FAMILIES}
 
+# Keys that change nothing in what the model computes, and keys that another one decides.
+INERT_KEYS = frozenset(
+    """
+    _name_or_path architectures auto_map model_type transformers_version torch_dtype dtype use_cache
+    bos_token_id eos_token_id pad_token_id initializer_range attention_dropout output_router_logits
+    router_aux_loss_coef router_jitter_noise max_window_layers pretraining_tp quantization_config
+    output_attentions output_hidden_states return_dict
+    """.split()
+)
+# Keys that a topic below reads.
+READ_KEYS = frozenset(
+    """
+    num_hidden_layers hidden_size num_attention_heads intermediate_size rms_norm_eps num_key_value_heads
+    head_dim vocab_size attention_bias mlp_bias tie_word_embeddings max_position_embeddings rope_parameters
+    rope_theta partial_rotary_factor rope_scaling use_sliding_window sliding_window layer_types hidden_act
+    num_experts num_local_experts num_experts_per_tok moe_intermediate_size decoder_sparse_step
+    mlp_only_layers norm_topk_prob
+    """.split()
+)
+
 Config = Mapping[str, Any]
 Item = Expectation | Unknown | NotModelled
 

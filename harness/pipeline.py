@@ -54,6 +54,11 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+# Parameters of a plan per rank: a preset is untrusted, and one with an absurd size must not eat the
+# machine. The plans of published models have less than a tenth of it.
+MOST_PARAMETERS = 1 << 30
+
+
 @dataclass
 class _Run:
     """One case while its stages run; becomes a CaseReport and never leaves this module."""
@@ -253,10 +258,18 @@ def _shrink(run: _Run, full: Architecture | None, layout: Layout) -> ShrinkPlan 
             assert full is not None
             try:
                 plan = shrink(full, layout)
-                stage.detail = f"{counts(plan.after).total:,} parameters, S1 to S12 kept"
             except NoPlan as error:
                 stage.findings.append(Finding("shrink", Severity.ERROR, str(error)))
                 stage.usable = False
+                return None
+            total, most = counts(plan.after).total, MOST_PARAMETERS * layout.world_size
+            if total > most:
+                message = f"the smallest plan has {total:,} parameters, more than {most:,}: "
+                message += "some size is out of proportion to the others"
+                stage.findings.append(Finding("shrink", Severity.ERROR, message))
+                stage.usable = False
+                return None
+            stage.detail = f"{total:,} parameters, S1 to S12 kept"
     return plan
 
 

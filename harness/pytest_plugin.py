@@ -117,7 +117,7 @@ def pytest_configure_node(node: Any) -> None:
     node.workerinput["harness_places"] = list(map(str, node.config.stash[_WANTED].places))
 
 
-@pytest.hookimpl(optionalhook=True)
+@pytest.hookimpl(optionalhook=True, tryfirst=True)  # before xdist, whichever was loaded first
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     try:
         device = resolve_device(config.getoption("device"))
@@ -196,7 +196,7 @@ class PresetCase(pytest.Item):
         if report.log and report.outcome is Outcome.FAILED:
             self.add_report_section("call", "log", report.log)
         if report.outcome is Outcome.SKIPPED:
-            pytest.skip(report.reason)
+            raise pytest.skip.Exception(report.reason, _use_item_location=True)
         if report.outcome is not Outcome.PASSED:
             raise CaseFailed(report)
 
@@ -205,8 +205,8 @@ class PresetCase(pytest.Item):
             return failure_text(excinfo.value.report)
         return super().repr_failure(excinfo, style)
 
-    def reportinfo(self) -> tuple[Path, None, str]:
-        return self.path, None, self.case.name
+    def reportinfo(self) -> tuple[Path, int, str]:
+        return self.path, 0, self.case.name
 
 
 class CaseFailed(Exception):

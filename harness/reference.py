@@ -18,7 +18,16 @@ from typing import Any
 
 from harness.architecture import moe_layers
 from harness.arguments import Arguments, How
-from harness.families import Expectation, Family, NotModelled, Unknown, expectations, find_family
+from harness.families import (
+    INERT_KEYS,
+    READ_KEYS,
+    Expectation,
+    Family,
+    NotModelled,
+    Unknown,
+    expectations,
+    find_family,
+)
 from harness.finding import Finding, Severity
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
@@ -134,6 +143,13 @@ def _compare(arguments: Arguments, facts: Facts) -> Iterator[Finding]:
             reported.add(place)
             yield finding
     yield from _vocabulary(arguments, facts.config)
+    unread = sorted(facts.config.keys() - READ_KEYS - INERT_KEYS)
+    if unread:
+        yield _finding(
+            f"{facts.path.name} says things that the harness does not read: {', '.join(unread)}; nothing "
+            "here says whether the preset means the same",
+            Severity.WARNING,
+        )
 
 
 def _check(arguments: Arguments, expectation: Expectation) -> Finding | None:

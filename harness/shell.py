@@ -189,9 +189,8 @@ def _fault(node: Node, parent: Node, source: Source) -> tuple[int, str] | None:
     if node.is_missing:
         return start, f"a syntax error: `{node.type}` is missing here"
     if node.type == "ERROR":
-        token = next(
-            (child for child in node.children if not child.is_named and child.type not in ";="), node
-        )
+        tokens = [child for child in node.children if not child.is_named and child.type not in ";="]
+        token = next(iter(tokens), node)
         return token.start_byte, f"a syntax error at `{source.of(token)[:40]}`"
     if not node.is_named:
         refused = _REFUSED_TOKENS.get(node.type) if parent.type in _STRUCTURE else None

@@ -256,10 +256,8 @@ class Expander:
             group = (match and match.lastgroup) or ""
             if not match or (match.end() > end and group != "blank"):
                 found = self.source.text[position]
-                wrong = (
-                    f"command substitution {ONLY}" if found == "`" else f"`{found}` is refused here: quote it"
-                )
-                raise Refused(wrong, position)
+                substitution = found == "`" and f"command substitution {ONLY}"
+                raise Refused(substitution or f"`{found}` is refused here: quote it", position)
             yield self._slice(_KINDS.get(group, kind), *match.span(group), position)
             position = match.end()
 

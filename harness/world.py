@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -44,6 +45,7 @@ def open_world(layout: Layout, device: torch.device, seed: int = 1234) -> Iterat
     with _collected(), _random_numbers(device), _reproducible(device):
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        excepthook = sys.excepthook  # torch wraps it with each group, and never takes it back
         store = distributed.HashStore()  # type: ignore[attr-defined]
         distributed.init_process_group(_BACKENDS[device.type], store=store, rank=0, world_size=1)
         state = _globals(parallel_state)
@@ -63,6 +65,7 @@ def open_world(layout: Layout, device: torch.device, seed: int = 1234) -> Iterat
             # That forgets some groups; what they refer to is gone all the same.
             vars(parallel_state).update(state)
             distributed.destroy_process_group()
+            sys.excepthook = excepthook
 
 
 def _globals(module: ModuleType) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from harness.build import (
     parameter_shapes,
     transformer_config,
 )
-from harness.errors import UsageError
+from harness.errors import UnsupportedModel
 from harness.finding import Severity
 from harness.flags import parse_flags
 from harness.inventory import parameters
@@ -172,7 +172,9 @@ def test_enumerations_may_be_given_by_name() -> None:
     [("multi_latent_attention", True), ("export_model_type", "HybridModel"), ("mtp_num_layers", 1)],
 )
 def test_kinds_of_model_that_cannot_be_built_yet(dest: str, value: object) -> None:
-    with pytest.raises(UsageError, match=f"{dest}={value!r} is not supported yet"):
+    with pytest.raises(
+        UnsupportedModel, match=f"{dest} {value!r} makes a model that the harness cannot build yet"
+    ):
         transformer_config({**arguments_of(MODELS["Qwen3"]), dest: value}, Layout(), CPU)
 
 

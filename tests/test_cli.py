@@ -129,8 +129,8 @@ def test_show_puts_full_beside_shrunken(invoke: Invoke) -> None:
     done = invoke("show", "qwen3-30b-a3b", "--presets", ROOT / "presets")
     assert done.code == 0
     lines = [line.split() for line in done.out.splitlines()]
-    assert ["parameters", "30,532,122,624"] == next(line[:2] for line in lines if line[:1] == ["parameters"])
-    assert ["--num-experts", "128"] == next(line[:2] for line in lines if line[:1] == ["--num-experts"])
+    assert ["parameters", "30,532,122,624"] in [line[:2] for line in lines]
+    assert ["--num-experts", "128"] in [line[:2] for line in lines]
     names = [line[0] for line in lines if line and line[-1] == "yes"]
     assert names == [f"S{number}" for number in range(1, 13)]
 
@@ -289,7 +289,7 @@ def test_a_report_that_cannot_be_written_in_the_end_is_exit_code_2(
     def full(path: Path, document: object) -> None:
         raise ReportError(f"report {path} cannot be written: No space left on device")
 
-    monkeypatch.setattr(cli.report, "write_report", full)
+    monkeypatch.setattr("harness.report.write_report", full)
     options = ("--recipe", "fp8", "--presets", tree, "--device", "cpu", "--json", tmp_path / "r.json")
     done = invoke("check", "Qwen3-0.6B", *options)
     assert done.code == 2
@@ -422,6 +422,26 @@ def wait_until_empty(leader: int) -> list[str]:
     return left
 
 
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start a process in a session of its own; whatever a failing test leaves of it is ended."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*command: str | Path) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if session(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
 def only_child(process: subprocess.Popen[str], signum: int) -> None:
     process.send_signal(signum)
 
@@ -444,6 +464,7 @@ def whole_group(process: subprocess.Popen[str], signum: int) -> None:
 def test_killed_half_way_nothing_is_left(
     tree: Path,
     tmp_path: Path,
+    start: Callable[..., subprocess.Popen[str]],
     signum: int,
     send: Callable[[subprocess.Popen[str], int], None],
     code: int,
@@ -452,14 +473,17 @@ def test_killed_half_way_nothing_is_left(
     driver, folder = tmp_path / "drive.py", tmp_path / "reports"
     driver.write_text(DRIVER)
     folder.mkdir()
-    options = ["--presets", tree, "--device", "cpu", "--jobs", "2", "--json", folder / "report.json"]
-    process = subprocess.Popen(
-        [sys.executable, driver, "check", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    options: list[str | Path] = [
+        "--presets",
+        tree,
+        "--device",
+        "cpu",
+        "--jobs",
+        "2",
+        "--json",
+        folder / "report.json",
+    ]
+    process = start(sys.executable, driver, "check", *options)
     assert process.stderr is not None
     assert process.stderr.readline().startswith("[1/6] passed")
     assert len(session(process.pid)) >= 4  # this one, the fork server, two workers
@@ -471,14 +495,10 @@ def test_killed_half_way_nothing_is_left(
     assert os.listdir(folder) == []
 
 
-def test_killed_while_everything_is_imported_nothing_is_left() -> None:
-    process = subprocess.Popen(
-        [*HARNESS, "check", "Qwen3-0.6B", "--device", "cpu"],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+def test_killed_while_everything_is_imported_nothing_is_left(
+    start: Callable[..., subprocess.Popen[str]],
+) -> None:
+    process = start(*HARNESS, "check", "Qwen3-0.6B", "--device", "cpu")
     deadline = time.monotonic() + 20
     while len(session(process.pid)) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -489,9 +509,20 @@ def test_killed_while_everything_is_imported_nothing_is_left() -> None:
 
 
 def test_the_real_thing_end_to_end(tree: Path, tmp_path: Path) -> None:
-    """Megatron and ModelOpt in workers: a right preset passes, a wrong one fails, stderr holds our lines only."""
+    """Megatron and ModelOpt in a worker: a right preset passes, a wrong one fails, and no noise."""
     report = tmp_path / "report.json"
-    options = ["--presets", tree, "--recipe", "fp8", "--device", "cpu", "--jobs", "1", "--json", report]
+    options: list[str | Path] = [
+        "--presets",
+        tree,
+        "--recipe",
+        "fp8",
+        "--device",
+        "cpu",
+        "--jobs",
+        "1",
+        "--json",
+        report,
+    ]
     done = subprocess.run([*HARNESS, "check", *options], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1, done.stdout + done.stderr
     good, bad = read_report(report)

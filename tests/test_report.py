@@ -215,7 +215,8 @@ def test_exit_codes(reports: list[CaseReport], code: int) -> None:
 def test_a_failure_says_where_what_is_what_should_be_and_what_to_do() -> None:
     assert messages.failure_text(FAILED) == (
         "Qwen/Qwen3-8B  layers.0.self_attention.linear_qkv  weight is 1280 x 128, expected 1024 x 128\n"
-        "  --num-query-groups 10 (presets/Qwen/Qwen3-8B.sh:22): 8 published; 32 heads / 10 groups is not whole\n"
+        "  --num-query-groups 10 (presets/Qwen/Qwen3-8B.sh:22): "
+        "8 published; 32 heads / 10 groups is not whole\n"
         "  again: harness check Qwen/Qwen3-8B --recipe fp8 --layout tp1 --device cpu"
     )
 
@@ -223,7 +224,8 @@ def test_a_failure_says_where_what_is_what_should_be_and_what_to_do() -> None:
 def test_a_failure_without_a_model_is_headed_by_its_stages() -> None:
     assert messages.failure_text(replace(FAILED, findings=(GROUPS,))) == (
         "Qwen/Qwen3-8B  failed in reference\n"
-        "  --num-query-groups 10 (presets/Qwen/Qwen3-8B.sh:22): 8 published; 32 heads / 10 groups is not whole\n"
+        "  --num-query-groups 10 (presets/Qwen/Qwen3-8B.sh:22): "
+        "8 published; 32 heads / 10 groups is not whole\n"
         "  again: harness check Qwen/Qwen3-8B --recipe fp8 --layout tp1 --device cpu"
     )
 

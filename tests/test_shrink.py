@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -170,7 +171,7 @@ def test_layers_shrink_to_the_shortest_walk(kinds: list[int], least: int, walk: 
     found = shortest_walk(kinds, least)
     assert len(found) <= len(walk)
     assert found[0] == kinds[0] and found[-1] == kinds[-1]
-    assert set(zip(found, found[1:], strict=False)) == set(zip(kinds, kinds[1:], strict=False))
+    assert set(pairwise(found)) == set(pairwise(kinds))
 
 
 def test_nothing_but_sizes_changes() -> None:

@@ -101,8 +101,8 @@ STAND_INS: tuple[StandIn, ...] = (
     StandIn(
         StandInRecord(
             "ModelOpt's NVFP4 fake-quantization kernel",
-            "the kernel's arithmetic in plain torch; as there, a partial block counts as padded with zeros",
-            "The kernel is written for CUDA.",
+            "ModelOpt's NVFP4QTensor, packed and unpacked; a partial last block is padded with zeros",
+            "The kernel, which pads as well, is written for CUDA.",
         ),
         no_cuda,
         nvfp4.install,

@@ -1,14 +1,14 @@
-"""NVFP4 stand-in: ModelOpt's dynamic block kernel (``fp4_fake_quant_block``) in plain torch.
+"""NVFP4 stand-in: ModelOpt's ``NVFP4QTensor``, packed and unpacked, for its dynamic block kernel.
 
-Each block of the last dimension is divided by its own scale, rounded to E2M1 and multiplied back. The
-scale is the block's largest magnitude over 6, itself rounded to E4M3 under one scale per tensor,
-amax / (6 x 448). The kernel reads past the end of a row as zeros, so a partial last block is quantized
-as if padded, without a word; so it is here, and the audit reports the misfit.
+ModelOpt packs the format for export in plain torch, by other code than the CUDA kernel that fakes it
+(``fp4_fake_quant_block``); both give each block of the last dimension a scale in E4M3 under one scale
+per tensor, amax / (6 x 448), and round to E2M1. The kernel reads past the end of a row as zeros, so a
+partial last block is quantized as if padded, without a word; so it is here, and the audit reports the
+misfit.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,30 +18,23 @@ import torch
 from harness.standins.patching import patched
 
 _E2M1_MAX, _E4M3_MAX = 6.0, 448.0
-# Below this the kernel takes a block for empty.
-_SMALLEST_SCALE = 1e-5
 
 
 def fake_quantize(inputs: torch.Tensor, amax: torch.Tensor, block_size: int = 16) -> torch.Tensor:
     """``inputs`` [..., width] rounded to NVFP4, same shape and dtype. ``amax`` is one number."""
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
     width = inputs.shape[-1]
-    blocks = math.ceil(width / block_size)
-    wide = torch.nn.functional.pad(inputs.float(), (0, blocks * block_size - width))
-    wide = wide.view(*inputs.shape[:-1], blocks, block_size)
+    padded = torch.nn.functional.pad(inputs, (0, -width % block_size))
     tensor_scale = amax.float() / (_E2M1_MAX * _E4M3_MAX)
-    tensor_scale = torch.where(tensor_scale > 0, tensor_scale, 1e-12)
-    scale = wide.abs().amax(-1, keepdim=True) / (_E2M1_MAX * tensor_scale)
-    scale = scale.clamp(max=_E4M3_MAX).to(torch.float8_e4m3fn).float() * tensor_scale
-    scale = torch.where(scale >= _SMALLEST_SCALE, scale, 1.0)
-    rounded = round_to_e2m1(wide / scale).mul_(scale)
-    return rounded.view(*inputs.shape[:-1], blocks * block_size)[..., :width].to(inputs.dtype)
-
-
-def round_to_e2m1(x: torch.Tensor) -> torch.Tensor:
-    """The nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives; halfway goes to an even mantissa."""
-    magnitude = x.abs()
-    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
-    return x.div(step).round_().mul_(step).clamp_(-_E2M1_MAX, _E2M1_MAX)
+    tensor_scale = torch.where(tensor_scale > 0, tensor_scale, 1e-12)  # as the kernel does
+    packed, scale, tensor_scale = NVFP4QTensor.quantize(
+        padded, block_size, weights_scaling_factor_2=tensor_scale
+    )
+    rounded: torch.Tensor = packed.dequantize(
+        dtype=inputs.dtype, scale=scale, double_scale=tensor_scale, block_sizes={-1: block_size}
+    )
+    return rounded[..., :width]
 
 
 def _instead_of(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
