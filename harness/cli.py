@@ -39,7 +39,7 @@ app = typer.Typer(
 )
 
 Names = Annotated[
-    list[str] | None, typer.Argument(metavar="[NAME...]", help="Org/Model, Model, a file or a folder")
+    list[str] | None, typer.Argument(metavar="NAME", help="Org/Model, Model, a file or a folder")
 ]
 Tree = Annotated[
     Path | None, typer.Option("--presets", metavar="DIR", help="tree of presets, instead of presets/")
@@ -83,7 +83,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 @app.command("list")
 def list_(presets: Tree = None, json_: Json = None) -> None:
-    """Every preset: kind, size, heads, experts, whether a reference is there."""
+    """Every preset: kind, size, heads, experts, reference."""
     entries = [blueprint.summary(file) for file in _find([], presets)]
     _deliver(blueprint.list_text(entries), {"schema": report.SCHEMA, "presets": entries}, json_)
     raise typer.Exit(0)
@@ -105,9 +105,7 @@ def show(
 
 @app.command()
 def lint(
-    paths: Annotated[
-        list[str] | None, typer.Argument(metavar="[PATH...]", help="files, folders or names")
-    ] = None,
+    paths: Annotated[list[str] | None, typer.Argument(metavar="PATH", help="files, folders or names")] = None,
     presets: Tree = None,
     json_: Json = None,
 ) -> None:
@@ -124,7 +122,7 @@ def audit(
     presets: Tree = None,
     json_: Json = None,
 ) -> None:
-    """Full-size table: parameter counts, and the dimensions that a recipe's blocks do not divide."""
+    """Full-size table: parameter counts, and what each recipe pads."""
     recipes, layouts = recipes_named(recipe or ["all"]), layouts_named(layout or [])
     files = _find(names or [], presets)
     reports = [pipeline.lint(file, sizes, entry) for file in files for sizes in layouts for entry in recipes]
@@ -252,11 +250,12 @@ def _print(text: str, stream: Any) -> None:
     Console(file=stream).print(coloured, soft_wrap=True)
 
 
+# Outcomes in a column, after a count or in a lint line; not the "relative error" of a case.
 _STYLES = {
-    r"\bpassed\b": "green",
-    r"\b(failed|error|NO)\b": "bold red",
-    r"\b(skipped|warning)\b": "yellow",
-    r"(?m)^  again: ": "dim",
+    r"((?<=  )|(?<=\d ))passed\b": "green",
+    r"((?<=  )|(?<=\d )|(?<=: ))(failed|error|NO)\b": "bold red",
+    r"((?<=  )|(?<=\d )|(?<=: ))(skipped|warning)\b": "yellow",
+    r"(?m)^  again: .*": "dim",
 }
 
 

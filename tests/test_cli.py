@@ -193,6 +193,23 @@ def test_the_light_commands_import_neither_torch_nor_rich(command: list[str]) ->
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
+@pytest.mark.parametrize("plain", [False, True], ids=["colour", "NO_COLOR"])
+def test_a_terminal_gets_colour_unless_it_asks_for_none(
+    invoke: Invoke, tree: Path, faked: list[Case], monkeypatch: pytest.MonkeyPatch, plain: bool
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    if plain:
+        monkeypatch.setenv("NO_COLOR", "1")
+    else:
+        monkeypatch.delenv("NO_COLOR", raising=False)
+    done = invoke("check", "--presets", tree, "--recipe", "fp8", "--device", "cpu")
+    assert ("\x1b[" in done.out) is not plain
+    again = f"  again: harness check Qwen/Qwen3-8B --recipe fp8 --layout tp1 --device cpu --presets {tree}"
+    assert again in [line.removeprefix("\x1b[2m").removesuffix("\x1b[0m") for line in done.out.splitlines()]
+
+
 # ---- check ----
 
 
