@@ -34,6 +34,7 @@ def audit(
     known = params or {}
     published = {key: known[key] for key in ("total", "active") if type(known.get(key)) is int}
     findings = [*_counts(counted, published, known, params is not None)]
+    findings.extend(_splits(architecture, layout))
     if recipe is not None:
         findings.extend(_blocks(architecture, layout, recipe))
     return Audit(counted, published, tuple(findings))
@@ -67,6 +68,35 @@ def _counts(
             f"no parameter count is published: {counted.total:,} could not be checked",
             actual=counted.total,
         )
+
+
+def _splits(architecture: Architecture, layout: Layout) -> Iterator[Finding]:
+    """An error for each size that the layout does not divide, as Megatron would refuse it."""
+    attention, dense, moe = architecture.attention, architecture.dense, architecture.moe
+    sizes = [
+        ("num_attention_heads", attention.num_attention_heads, layout.tp, "tp"),
+        ("padded_vocab_size", architecture.padded_vocab_size, layout.tp, "tp"),
+        ("num_layers", architecture.num_layers, layout.pp, "pp"),
+    ]
+    if layout.tp % attention.num_query_groups:
+        sizes.append(("num_query_groups", attention.num_query_groups, layout.tp, "tp"))
+    if dense is not None:
+        sizes.append(("ffn_hidden_size", dense.ffn_hidden_size, layout.tp, "tp"))
+    if moe is not None:
+        sizes.append(("num_experts", moe.num_experts, layout.ep, "ep"))
+        sizes.append(("moe_ffn_hidden_size", moe.expert.ffn_hidden_size, layout.etp, "etp"))
+        if moe.shared is not None:
+            size = moe.shared.ffn_hidden_size
+            sizes.append(("moe_shared_expert_intermediate_size", size, layout.tp, "tp"))
+    for dest, size, ranks, axis in sizes:
+        if size % ranks:
+            yield architecture.arguments.finding(
+                dest,
+                f"{size} / {axis}{ranks} is not whole: Megatron refuses layout {layout}",
+                stage="audit",
+                expected=f"a multiple of {ranks}",
+                actual=size,
+            )
 
 
 def _blocks(architecture: Architecture, layout: Layout, recipe: Recipe) -> Iterator[Finding]:

@@ -25,7 +25,14 @@ from harness.case import Case, CaseReport, Outcome
 from harness.devices import resolve_device, worker_count
 from harness.errors import HarnessError, UsageError
 from harness.preset import PresetFile, find_presets
-from harness.selection import DEFAULT_TIMEOUT, cases_of, default_tree, layouts_named, recipes_named
+from harness.selection import (
+    DEFAULT_TIMEOUT,
+    cases_of,
+    default_tree,
+    layouts_named,
+    recipes_named,
+    runnable,
+)
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -150,7 +157,7 @@ def check(
     """Every stage of every case; no name means every preset."""
     from harness.runner import run_cases
 
-    recipes, layouts = recipes_named(recipe or []), layouts_named(layout or [])
+    recipes, layouts = recipes_named(recipe or []), runnable(layouts_named(layout or []))
     chosen = resolve_device(device)
     workers = _jobs(jobs, chosen)
     cases = cases_of(_find(names or [], presets), recipes, layouts, chosen, presets)

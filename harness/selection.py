@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from harness.case import Case
+from harness.errors import UnknownLayout
 from harness.layout import Layout
 from harness.preset import PresetFile
 from harness.recipes import DEFAULT_RECIPES, RECIPES, Recipe, find_recipe
@@ -31,6 +32,17 @@ def recipes_named(texts: Iterable[str]) -> tuple[Recipe, ...]:
 def layouts_named(texts: Iterable[str]) -> tuple[Layout, ...]:
     """Layouts of these texts, ``tp1`` where there is none."""
     return tuple(dict.fromkeys(map(Layout.parse, texts))) or (Layout(),)
+
+
+def runnable(layouts: Sequence[Layout]) -> Sequence[Layout]:
+    """``layouts``, where every one can be run. Raises UnknownLayout before anything heavy is imported."""
+    for layout in layouts:
+        if layout.world_size > 1:
+            raise UnknownLayout(
+                f"layout {layout} needs {layout.world_size} ranks; cases run on one rank yet, only tp1 "
+                "(`show` and `audit` take any layout)"
+            )
+    return layouts
 
 
 def cases_of(

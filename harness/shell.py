@@ -174,7 +174,7 @@ def _syntax_faults(root: Node, source: Source) -> Iterator[tuple[int, str]]:
     while stack:
         node, parent, depth = stack.pop()
         if depth > MAX_DEPTH:
-            yield node.start_byte, f"syntax nested deeper than {MAX_DEPTH} levels is refused"
+            yield source.start(node), f"syntax nested deeper than {MAX_DEPTH} levels is refused"
             return
         if fault := _fault(node, parent, source):
             yield fault
@@ -183,15 +183,15 @@ def _syntax_faults(root: Node, source: Source) -> Iterator[tuple[int, str]]:
 
 
 def _fault(node: Node, parent: Node, source: Source) -> tuple[int, str] | None:
-    start = node.start_byte
+    start = source.start(node)
     if node.is_missing and node.type in _CLOSERS:
-        return parent.start_byte, f"a syntax error: what opens here lacks its `{node.type}`"
+        return source.start(parent), f"syntax not understood: what opens here lacks its `{node.type}`"
     if node.is_missing:
-        return start, f"a syntax error: `{node.type}` is missing here"
+        return start, f"syntax not understood: `{node.type}` is missing here"
     if node.type == "ERROR":
         tokens = [child for child in node.children if not child.is_named and child.type not in ";="]
         token = next(iter(tokens), node)
-        return token.start_byte, f"a syntax error at `{source.of(token)[:40]}`"
+        return source.start(token), f"syntax not understood at `{source.of(token)[:40]}`"
     if not node.is_named:
         refused = _REFUSED_TOKENS.get(node.type) if parent.type in _STRUCTURE else None
         return (start, f"{refused} {ONLY}") if refused else None
@@ -202,7 +202,7 @@ def _fault(node: Node, parent: Node, source: Source) -> tuple[int, str] | None:
     if node.type not in _KNOWN_NODES and node.type != "subscript":
         return start, f"{node.type.replace('_', ' ')} {ONLY}"
     if node.type == "comment" and source.text[max(start - 1, 0)] not in "# \t\n;&|()":
-        return start, "a syntax error at `#`"
+        return start, "syntax not understood at `#`"
     if node.type == "command":
         return _command_fault(node, source)
     if node.type in ("simple_expansion", "expansion") and not is_lone_dollar(node, source):
@@ -217,12 +217,12 @@ def _command_fault(node: Node, source: Source) -> tuple[int, str] | None:
     first, name = node.children[0], source.of(node.children[0])
     for child in node.children:
         if child.type.endswith("_redirect"):
-            return child.start_byte, f"{_REFUSED_NODES[child.type]} {ONLY}"
+            return source.start(child), f"{_REFUSED_NODES[child.type]} {ONLY}"
     if first.type == "variable_assignment":
-        return node.start_byte, f"an assignment before a command {ONLY}"
+        return source.start(node), f"an assignment before a command {ONLY}"
     if not name:
-        return node.start_byte, "a syntax error: a command is missing here"
-    return None if name in _COMMANDS else (node.start_byte, f"the command `{name[:40]}` {ONLY}")
+        return source.start(node), "syntax not understood: a command is missing here"
+    return None if name in _COMMANDS else (source.start(node), f"the command `{name[:40]}` {ONLY}")
 
 
 def _gap_fault(node: Node, source: Source) -> tuple[int, str] | None:
@@ -231,7 +231,7 @@ def _gap_fault(node: Node, source: Source) -> tuple[int, str] | None:
     blanks = " \t" if node.type in _ONE_LINE else BLANKS
     for begin, after in [*((child.start_byte, child.end_byte) for child in node.children), (end, end)]:
         if rest := source.text[start:begin].lstrip(blanks):
-            return begin - len(rest), f"a syntax error at `{rest[:40].strip()}`"
+            return begin - len(rest), f"syntax not understood at `{rest[:40].strip()}`"
         start = after
     return None
 
@@ -284,7 +284,7 @@ class _Interpreter:
     def _check_end(self, node: Node) -> None:
         after = self.source.text[node.end_byte : node.end_byte + 1]
         if after and after not in " \t\n;&|)":
-            raise Refused(f"a syntax error at `{after}`", node.end_byte)
+            raise Refused(f"syntax not understood at `{after}`", node.end_byte)
 
     def _if(self, node: Node) -> bool:
         taken, chosen, status = False, False, True
@@ -309,7 +309,7 @@ class _Interpreter:
 
     def _negated(self, node: Node) -> bool:
         if self.source.text[node.start_byte + 1] not in BLANKS:
-            raise Refused("a syntax error at `!`", node.start_byte)
+            raise Refused("syntax not understood at `!`", node.start_byte)
         return not self._statement(node.children[-1])
 
     def _assignments(self, node: Node) -> bool:
@@ -321,7 +321,7 @@ class _Interpreter:
         """The name, whether it is +=, and the value."""
         match, value = _ASSIGNMENT.match(self.source.text, node.start_byte), node.children[-1]
         if not match:
-            raise Refused("a syntax error in an assignment", node.start_byte)
+            raise Refused("syntax not understood in an assignment", node.start_byte)
         self._check_end(node)
         is_array = value.type == "array" and value.start_byte == match.end()
         if is_array:
@@ -395,7 +395,7 @@ class _Interpreter:
         opener, closer = ("[[", "]]") if double else ("[", "]")
         ends = [field.text for field in fields if field.literal and field.text in (opener, closer)]
         if ends != [opener, closer] or fields[0].text != opener or fields[-1].text != closer:
-            raise Refused("a syntax error in a test", start)
+            raise Refused("syntax not understood in a test", start)
         if not double:
             return self._test(fields[1:-1], start)
         if lazy := _LAZY.search(self.source.of(node)):
@@ -505,7 +505,7 @@ def _sections(node: Node) -> list[tuple[str, list[Node]]]:
                 sections[-1][1].append(part)
     for keyword, statements in sections:
         if not statements:
-            raise Refused(f"a syntax error: `{keyword}` without a command", node.start_byte)
+            raise Refused(f"syntax not understood: `{keyword}` without a command", node.start_byte)
     return sections
 
 

@@ -53,7 +53,12 @@ class Source:
     line_starts: list[int]
 
     def of(self, node: Node) -> str:
-        return self.text[node.start_byte : node.end_byte]
+        return self.text[self.start(node) : node.end_byte]
+
+    def start(self, node: Node) -> int:
+        """Where a node begins: the grammar counts the blanks before "  $A" to it."""
+        blanks = re.compile(r"[ \t\n]*").match(self.text, node.start_byte, node.end_byte)
+        return blanks.end() if blanks else node.start_byte
 
     def offset(self, index: int) -> int:
         if index < len(self.at):
@@ -77,7 +82,7 @@ _QUOTING = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 _SWALLOWED = re.compile(r"\n[ \t]*[A-Za-z_]\w*\+?=")  # an assignment inside a string: its end was forgotten
-_EXPANSION_WEIGHT = 16
+_EXPANSION_WEIGHT = 16  # an expansion in quotes costs as much as so many characters outside
 
 
 def join_lines(text: str) -> tuple[Source, int, int | None]:
@@ -99,7 +104,7 @@ def join_lines(text: str) -> tuple[Source, int, int | None]:
             cuts += [start + pair.start() for pair in pairs if pair[0] == "\\\n"]
             weight += 2 + _EXPANSION_WEIGHT * (found.count("$") + found.count("`"))
             suspect = start if suspect is None and _SWALLOWED.search(found) else suspect
-        elif kind != "comment":
+        else:
             weight += len(re.sub(r"\s+", "", found)) if kind == "plain" else 2
     at, parts, position = array("I"), [], 0
     for cut in [*cuts, len(text)]:
@@ -153,6 +158,7 @@ _TEXT = {
     ),
     Context.QUOTED_DEFAULT: re.compile(r"(?P<plain>[^\\$`'\"{}]+)"),
 }
+_PIECE_WEIGHT = 32  # even an empty value takes room
 _KINDS = {"blank": Kind.BLANK, "operator": Kind.OPERATOR, "escaped": Kind.QUOTED}
 _OPAQUE = ("string", "raw_string", "ansi_c_string", "simple_expansion", "expansion", "arithmetic_expansion")
 # Unquoted, these mean more than they say; \0 stands for whatever is quoted or expanded.
@@ -243,7 +249,7 @@ class Expander:
     def _pieces(self, node: Node, start: int, end: int, context: Context) -> Iterator[Piece]:
         position = start
         for child in _opaque(node, start, end, self.source):
-            yield from self._text(position, child.start_byte, context)
+            yield from self._text(position, self.source.start(child), context)
             yield from self._expand(child, context)
             position = child.end_byte
         yield from self._text(position, end, context)
@@ -255,9 +261,9 @@ class Expander:
             match = _TEXT[context].match(self.source.text, position)
             group = (match and match.lastgroup) or ""
             if not match or (match.end() > end and group != "blank"):
-                found = self.source.text[position]
-                substitution = found == "`" and f"command substitution {ONLY}"
-                raise Refused(substitution or f"`{found}` is refused here: quote it", position)
+                if self.source.text.startswith(("`", "$("), position):  # the grammar overlooked it
+                    raise Refused(f"command substitution {ONLY}", position)
+                raise Refused(f"`{self.source.text[position]}` is refused here: quote it", position)
             yield self._slice(_KINDS.get(group, kind), *match.span(group), position)
             position = match.end()
 
@@ -266,13 +272,13 @@ class Expander:
 
     def _made(self, text: str, kind: Kind, start: int, at: array[int] | None = None) -> Piece:
         """What an expansion yields; a number or a value of the environment stands where it is expanded."""
-        self._expanded += len(text)
+        self._expanded += len(text) + _PIECE_WEIGHT
         if self._expanded > MAX_EXPANDED:
             self.undecidable(f"expansions grow past {MAX_EXPANDED} characters", start)
         return Piece(kind, text, at or array("I", [self.source.at[start]]) * len(text), start)
 
     def _expand(self, node: Node, context: Context) -> Iterator[Piece]:
-        start, end = node.start_byte, node.end_byte
+        start, end = self.source.start(node), node.end_byte
         written = self.source.of(node)
         if node.type in ("simple_expansion", "expansion"):
             yield from self._parameter(node, context)
@@ -292,10 +298,10 @@ class Expander:
         elif node.type == "ansi_c_string" and re.fullmatch(r"\$'(?:[^'\\]|\\.)*'", written, re.DOTALL):
             yield self._ansi(node)
         else:
-            raise Refused("a syntax error: this quote is read in two ways", start)
+            raise Refused("syntax not understood: this quote is read in two ways", start)
 
     def _string(self, node: Node, context: Context) -> Iterator[Piece]:
-        start, lists = node.start_byte, False
+        start, lists = self.source.start(node), False
         for piece in self._pieces(node, start + 1, node.end_byte - 1, Context.STRING):
             lists = lists or piece.kind is Kind.LIST
             if lists and context is Context.DEFAULT:
@@ -307,7 +313,7 @@ class Expander:
 
     def _ansi(self, node: Node) -> Piece:
         text, at = "", array("I")
-        for match in _ANSI_ESCAPE.finditer(self.source.text, node.start_byte + 2, node.end_byte - 1):
+        for match in _ANSI_ESCAPE.finditer(self.source.text, self.source.start(node) + 2, node.end_byte - 1):
             made = _ANSI_LETTERS.get(match["letter"] or "", match[0])
             digits = match["octal"] or match["hex"] or match["unicode"]
             code = int(digits, 8 if match["octal"] else 16) if digits else 0
@@ -316,7 +322,7 @@ class Expander:
                 raise Refused(f"the escape `{match[0]}` is refused: it is not plain ASCII", match.start())
             text += made
             at.extend([self.source.at[match.start()]] * len(made))
-        return Piece(Kind.QUOTED, text, at, node.start_byte)
+        return Piece(Kind.QUOTED, text, at, self.source.start(node))
 
     # Variables
 
@@ -355,7 +361,7 @@ class Expander:
         return Value((_join([*copies[:1], added], more.start),), False, more.start)
 
     def _parameter(self, node: Node, context: Context) -> Iterator[Piece]:
-        match, start = parameter(self.source, node), node.start_byte
+        match, start = parameter(self.source, node), self.source.start(node)
         kind = Kind.QUOTED if context in _IN_QUOTES else Kind.EXPANDED
         name, operator = match["bare"] or match["name"], match["operator"] or ""
         value = self.lookup(name, start)
@@ -405,10 +411,10 @@ class Expander:
     # Arithmetic: + - * / % and parentheses, 64 bits, truncating as C does
 
     def _arithmetic(self, node: Node) -> int:
-        start, position, end = node.start_byte, node.start_byte + 3, node.end_byte - 2
+        start, position, end = self.source.start(node), self.source.start(node) + 3, node.end_byte - 2
         text = ""
         for child in _opaque(node, position, end, self.source):
-            text += self.source.text[position : child.start_byte]
+            text += self.source.text[position : self.source.start(child)]
             held = _join(list(self._expand(child, Context.STRING)), start)
             text += self._integer(self.source.of(child), held, start)
             position = child.end_byte
@@ -493,14 +499,14 @@ _OTHER_EXPANSIONS = (
 
 def parameter(source: Source, node: Node) -> re.Match[str]:
     """The parts of $NAME or ${NAME...}; any form that is not supported is refused by its name."""
-    match = _PARAMETER.match(source.text, node.start_byte, node.end_byte)
+    match = _PARAMETER.match(source.text, source.start(node), node.end_byte)
     if match and len([part for part in ("length", "all", "operator") if match[part]]) <= 1:
         closed = match.end() if match["bare"] else match.end() + 1
         if closed == node.end_byte or match["operator"]:
             return match
     written = source.of(node)
     named = next(words for pattern, words in _OTHER_EXPANSIONS if re.match(pattern, written, re.ASCII))
-    raise Refused(f"{named} is refused: `{written[:40]}`", node.start_byte)
+    raise Refused(f"{named} is refused: `{written[:40]}`", source.start(node))
 
 
 def _opaque(node: Node, start: int, end: int, source: Source) -> list[Node]:
@@ -508,11 +514,11 @@ def _opaque(node: Node, start: int, end: int, source: Source) -> list[Node]:
     found, stack = [], node.children[::-1]
     while stack:
         child = stack.pop()
-        if child.end_byte <= start or child.start_byte >= end:
+        if child.end_byte <= start or source.start(child) >= end:
             continue
         if (
             child.type in (*_OPAQUE, "comment")
-            and child.start_byte >= start
+            and source.start(child) >= start
             and not is_lone_dollar(child, source)
         ):
             found.append(child)
@@ -523,7 +529,7 @@ def _opaque(node: Node, start: int, end: int, source: Source) -> list[Node]:
 
 def is_lone_dollar(node: Node, source: Source) -> bool:
     """The grammar takes the dollar of "5$ a" for an expansion."""
-    after = source.text[node.start_byte + 1 : node.start_byte + 2]
+    after = source.text[source.start(node) + 1 : source.start(node) + 2]
     return node.type == "simple_expansion" and after in ("", *BLANKS)
 
 

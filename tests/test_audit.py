@@ -12,8 +12,10 @@ from harness.audit import audit
 from harness.finding import Finding, Severity
 from harness.layout import Layout
 from harness.pipeline import lint
-from harness.preset import load_preset, preset_at
+from harness.preset import find_presets, load_preset, preset_at
 from harness.recipes import RECIPES, find_recipe
+
+TREE = Path(__file__).parent.parent / "presets"
 
 COUNTS = {  # total and active
     "Qwen2.5-0.5B-Instruct": (494_032_768, 494_032_768),
@@ -197,3 +199,25 @@ def test_a_misfit_does_not_fail_the_preset(tmp_path: Path) -> None:
     report = lint(PRESETS["Qwen3-30B-A3B"], Layout.parse("tp4"), find_recipe("int4_awq"))
     assert report.outcome == "passed"
     assert [finding.flag for finding in report.findings] == ["--moe-ffn-hidden-size"]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "flag", "message"),
+    [
+        ("Qwen2.5-0.5B-Instruct", "tp4", "--num-attention-heads", "14 / tp4 is not whole"),
+        ("Qwen3-8B", "tp3", "--num-query-groups", "8 / tp3 is not whole"),
+        ("Qwen3-8B", "pp5", "--num-layers", "36 / pp5 is not whole"),
+        ("Qwen3-30B-A3B", "ep3", "--num-experts", "128 / ep3 is not whole"),
+        ("Qwen3-30B-A3B", "etp5", "--moe-ffn-hidden-size", "768 / etp5 is not whole"),
+    ],
+)
+def test_what_a_layout_does_not_divide_is_an_error(name: str, layout: str, flag: str, message: str) -> None:
+    report = lint(find_presets([name], TREE)[0], Layout.parse(layout))
+    found = {f.flag: f.message for f in report.findings if f.is_error}
+    assert found[flag].startswith(message)
+
+
+@pytest.mark.parametrize("layout", ["tp8", "tp2,pp2", "ep8"])
+def test_a_layout_that_fits_is_silent(layout: str) -> None:
+    report = lint(find_presets(["Qwen3-30B-A3B"], TREE)[0], Layout.parse(layout))
+    assert report.findings == ()

@@ -242,10 +242,14 @@ def test_recipes(
     assert [case.recipe for case in faked] == recipes
 
 
-def test_layouts_may_hold_commas(invoke: Invoke, tree: Path, faked: list[Case]) -> None:
-    options = ("--device", "cpu", "--recipe", "fp8", "--layout", "tp2", "--layout", "tp8,ep4,etp1,pp2")
-    invoke("check", "Qwen3-0.6B", "--presets", tree, *options)
-    assert [str(case.layout) for case in faked] == ["tp2", "tp8,pp2,ep4,etp1"]
+def test_a_layout_that_cannot_be_run_is_refused_before_anything_starts(
+    invoke: Invoke, tree: Path, faked: list[Case]
+) -> None:
+    options = ("--device", "cpu", "--recipe", "fp8", "--layout", "tp1", "--layout", "tp8,ep4,etp1,pp2")
+    result = invoke("check", "Qwen3-0.6B", "--presets", tree, *options)
+    assert result.code == 2
+    assert "layout tp8,pp2,ep4,etp1 needs 16 ranks" in result.err
+    assert faked == []
 
 
 @pytest.mark.parametrize(

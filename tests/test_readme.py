@@ -1,0 +1,76 @@
+"""What the README shows: its commands run, its report is what the tool prints, its tree is the tree."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def harness(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "harness", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_two_commands_come_first() -> None:
+    assert BLOCKS[0].splitlines() == ["uv run harness check", "uv run pytest -n auto"]
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    pattern = re.search(r"s/(\^.*?)/\\1/p", (ROOT / ".ci" / "run").read_text())
+    assert pattern is not None
+    line = re.compile(pattern.group(1).replace("\\(", "(").replace("\\)", ")"), re.MULTILINE)
+    assert line.findall(README)[0] == "uv run pytest -n auto"
+
+
+def test_the_first_command_checks_every_preset() -> None:
+    *start, command = BLOCKS[0].splitlines()[0].split()
+    assert (start, command) == (["uv", "run", "harness"], "check")
+    # On the CPU, so that the verdicts are those of every machine.
+    done = harness(command, "--device", "cpu", cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    presets = len(list((ROOT / "presets").rglob("*.sh")))
+    assert f"{3 * presets} cases: {3 * presets} passed" in done.stdout
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """The presets with the two mistakes that the README tells of."""
+    shutil.copytree(ROOT / "presets", tmp_path / "presets")
+    preset = tmp_path / "presets" / "Qwen" / "Qwen3-8B.sh"
+    text = preset.read_text().replace("--num-query-groups 8", "--num-query-groups 4")
+    preset.write_text(re.sub(r".*--norm-epsilon.*\n", "", text))
+    return tmp_path
+
+
+def test_the_failure_report_is_what_the_tool_prints(broken: Path) -> None:
+    done = harness("check", "Qwen3-8B", "--recipe", "fp8", "--device", "cpu", cwd=broken)
+    assert done.returncode == 1
+    assert BLOCKS[1] in done.stdout
+
+
+def test_the_tree_names_every_file() -> None:
+    tree = next(block for block in BLOCKS if block.startswith("harness/\n"))
+    listed = set(re.findall(r"^  ([\w.]+)", tree, flags=re.MULTILINE)) - {"standins"}
+    files = {
+        path.name
+        for path in (ROOT / "harness").iterdir()
+        if path.is_file() and path.name not in ("__init__.py", "__main__.py")
+    }
+    assert listed == files
+
+
+def test_the_commands_listed_exist() -> None:
+    listed = re.findall(r"^harness (\w+)", README, flags=re.MULTILINE)
+    done = harness("--help", cwd=ROOT)
+    assert listed
+    for command in listed:
+        assert re.search(rf"^\W*{command}\b", done.stdout, flags=re.MULTILINE), command
