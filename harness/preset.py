@@ -16,10 +16,7 @@ from harness.arguments import Arguments, resolve
 from harness.errors import UnknownPreset, UsageError
 from harness.finding import Finding, Severity
 from harness.flags import Flag, parse_flags
-from harness.shell import MAX_BYTES, read_script
-
-# What Megatron-LM's scripts expand on the command line, in this order.
-ARGUMENT_VARIABLES = ("MODEL_ARGS", "MLM_EXTRA_ARGS")
+from harness.shell import ARGUMENT_VARIABLES, MAX_BYTES, read_script
 
 
 @dataclass(frozen=True, slots=True)

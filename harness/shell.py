@@ -33,6 +33,7 @@ from harness.shell_expand import (
     parameter,
 )
 
+# What Megatron-LM's scripts expand on the command line, in this order.
 ARGUMENT_VARIABLES = ("MODEL_ARGS", "MLM_EXTRA_ARGS")
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 50  # levels of the syntax tree; a preset has about ten

@@ -860,7 +860,8 @@ def test_bash_that_the_grammar_cannot_read_is_refused(text: str) -> None:
 # Whatever the bytes, an answer, and soon
 
 TOKENS = (
-    "A= += a 1 ( ) [ ] [[ ]] { } ${ $(( )) $( $A ` \" ' $' # ~ * ? ! \\ \\\n \n ; ;; & && | || < > << if then elif "
+    "A= += a 1 ( ) [ ] [[ ]] { } ${ $(( )) $( $A ` \" ' $' # ~ * ? ! \\ \\\n \n ; ;; & && | || < > << "
+    "if then elif "
     "else fi test set unset export declare -a -v -z = == case in esac : é \0 \r \xa0 :- := % / - , .. @"
 )
 SOUP = st.lists(st.sampled_from(TOKENS.split(" ")), max_size=40)
