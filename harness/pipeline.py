@@ -35,7 +35,7 @@ from harness.inventory import activations, counts, parameters
 from harness.layout import Layout
 from harness.preset import Preset, PresetFile, load_preset
 from harness.recipes import Recipe, find_recipe
-from harness.reference import Facts, compare, facts_beside
+from harness.reference import Facts, compare, compare_checkpoint, facts_beside
 from harness.shrink import NoPlan, ShrinkPlan, shrink
 
 if TYPE_CHECKING:
@@ -200,6 +200,7 @@ def _read(run: _Run, file: PresetFile, layout: Layout, recipe: Recipe | None) ->
             stage.findings.extend(unmodelled(preset.flags))
             if facts is not None:
                 stage.findings.extend(compare(preset.arguments, facts))
+                stage.findings.extend(compare_checkpoint(preset.variables.get("HF_MODEL_CKPT"), facts))
                 stage.detail = f"compared with {facts.path.name}"
             seen.arguments, assumed = with_vocabulary(preset.arguments, facts)
             stage.findings.extend(assumed)

@@ -16,7 +16,7 @@ from harness.arguments import Arguments, resolve
 from harness.errors import UnknownPreset, UsageError
 from harness.finding import Finding, Severity
 from harness.flags import Flag, parse_flags
-from harness.shell import ARGUMENT_VARIABLES, MAX_BYTES, read_script
+from harness.shell import ARGUMENT_VARIABLES, MAX_BYTES, Variable, read_script
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Preset:
 
     name: str
     path: Path
-    variables: Mapping[str, str]
+    variables: Mapping[str, Variable]
     flags: tuple[Flag, ...]
     arguments: Arguments | None
     findings: tuple[Finding, ...]
@@ -45,7 +45,7 @@ def load_preset(file: PresetFile) -> Preset:
     if unreadable is not None:
         return Preset(file.name, file.path, MappingProxyType({}), (), None, (unreadable,))
     script = read_script(data)
-    variables = MappingProxyType({name: variable.text for name, variable in script.variables.items()})
+    variables = MappingProxyType(dict(script.variables))
     findings = list(script.findings)
     words = [
         word

@@ -9,12 +9,13 @@ publisher leaves out is reported as not checked.
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.architecture import moe_layers
 from harness.arguments import Arguments, How
@@ -29,6 +30,9 @@ from harness.families import (
     find_family,
 )
 from harness.finding import Finding, Severity
+
+if TYPE_CHECKING:
+    from harness.shell import Variable
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 _MAX_BYTES = 1 << 20
@@ -45,6 +49,7 @@ class Facts:
     config: Mapping[str, Any]
     architecture: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
     params: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
+    hf_id: str | None = None
 
     @property
     def family(self) -> Family | None:
@@ -92,6 +97,7 @@ def _read_toml(path: Path) -> Facts:
         MappingProxyType(config),
         MappingProxyType(tables["architecture"]),
         MappingProxyType(tables["params"]),
+        data["hf_id"] if isinstance(data.get("hf_id"), str) else None,
     )
 
 
@@ -150,6 +156,33 @@ def _compare(arguments: Arguments, facts: Facts) -> Iterator[Finding]:
             "here says whether the preset means the same",
             Severity.WARNING,
         )
+
+
+def compare_checkpoint(checkpoint: Variable | None, facts: Facts) -> tuple[Finding, ...]:
+    """A warning where the preset's own ``HF_MODEL_CKPT`` names another model than the facts."""
+    if checkpoint is None or facts.hf_id is None or not _HUB_NAME.fullmatch(checkpoint.text):
+        return ()
+    if checkpoint.text == facts.hf_id:
+        return ()
+    message = (
+        f"HF_MODEL_CKPT is {checkpoint.text}, and the published figures are of {facts.hf_id}: other weights "
+        "would be loaded"
+    )
+    return (
+        Finding(
+            "reference",
+            Severity.WARNING,
+            message,
+            "HF_MODEL_CKPT",
+            checkpoint.line,
+            checkpoint.column,
+            expected=facts.hf_id,
+            actual=checkpoint.text,
+        ),
+    )
+
+
+_HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 def _check(arguments: Arguments, expectation: Expectation) -> Finding | None:

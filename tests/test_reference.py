@@ -465,3 +465,26 @@ def test_everything_published_is_checked(name: str) -> None:
     assert all(isinstance(item, Expectation) for item in items)
     assert facts.family.moe is (name in MOE)
     assert all(item.source for item in items if isinstance(item, Expectation))
+
+
+def test_a_checkpoint_of_another_model_is_a_warning(tmp_path: Path) -> None:
+    text = TEXTS["Qwen3-8B"].replace("HF_MODEL_CKPT=Qwen/Qwen3-8B", "HF_MODEL_CKPT=Qwen/Qwen3-8B-Base")
+    report = lint(preset_at(write_copy(tmp_path, "Qwen3-8B", text)))
+    (finding,) = report.findings
+    assert (finding.severity, finding.flag, finding.line) == (Severity.WARNING, "HF_MODEL_CKPT", 4)
+    assert finding.message == (
+        "HF_MODEL_CKPT is Qwen/Qwen3-8B-Base, and the published figures are of Qwen/Qwen3-8B: other weights "
+        "would be loaded"
+    )
+
+
+@pytest.mark.parametrize("checkpoint", ["/models/anything", "./Qwen3-8B", "Qwen/Qwen3-8B"])
+def test_a_checkpoint_on_disk_may_be_anything(tmp_path: Path, checkpoint: str) -> None:
+    text = TEXTS["Qwen3-8B"].replace("HF_MODEL_CKPT=Qwen/Qwen3-8B", f"HF_MODEL_CKPT={checkpoint}")
+    assert lint(preset_at(write_copy(tmp_path, "Qwen3-8B", text))).findings == ()
+
+
+@pytest.mark.parametrize("flag", ["--export-force-local-attention", "--export-te-mcore-model"])
+def test_flags_that_choose_a_kernel_or_a_checkpoint_format_are_no_finding(tmp_path: Path, flag: str) -> None:
+    text = TEXTS["Qwen3-8B"].replace("--bf16", f"--bf16 {flag}")
+    assert lint(preset_at(write_copy(tmp_path, "Qwen3-8B", text))).findings == ()
