@@ -12,6 +12,7 @@ from harness.architecture import Architecture, NotAModel, architecture
 from harness.arguments import flag_for
 from harness.audit import audit
 from harness.case import CaseReport
+from harness.invariants import SIZE_ARGUMENTS
 from harness.inventory import counts
 from harness.layout import Layout
 from harness.messages import aligned, lint_line
@@ -136,8 +137,11 @@ def _sizes(plan: ShrinkPlan) -> Iterator[tuple[str, str, str]]:
     yield "parameters", f"{full.total:,}", f"{small.total:,}"
     yield "active parameters", f"{full.active:,}", f"{small.active:,}"
     yield "layers", _kinds(plan.before), _kinds(plan.after)
-    for dest, (before, after) in plan.changes.items():
-        yield flag_for(dest), _value(before), _value(after)
+    left, right = plan.before.arguments, plan.after.arguments
+    for dest in sorted(SIZE_ARGUMENTS):
+        absent = left[dest] is None or (dest.startswith("moe_") and plan.before.moe is None)
+        if not absent:
+            yield flag_for(dest), _value(left[dest]), _value(right[dest])
 
 
 def _value(value: Any) -> str:
