@@ -349,6 +349,27 @@ def _vocabulary(r: _Resolution) -> None:
     r.derive("padded_vocab_size", padded, "vocab_size", f"--vocab-size padded to a multiple of {multiple}")
 
 
+def _rope_scaling(r: _Resolution) -> None:
+    factor = r.values["rope_scaling_factor"]
+    if not r.values["use_rope_scaling"]:
+        if r.given("rope_scaling_factor"):
+            message = "--rope-scaling-factor has no effect without --use-rope-scaling"
+            r.report("rope_scaling_factor", message, severity=Severity.WARNING, actual=factor)
+    elif factor != _BUILT_ROPE_SCALING_FACTOR:
+        r.report(
+            "rope_scaling_factor",
+            f"--rope-scaling-factor {factor:g} does not reach the model: Megatron-LM's ModelOpt builder "
+            f"passes on --use-rope-scaling alone, and the factor stays {_BUILT_ROPE_SCALING_FACTOR:g}",
+            severity=Severity.WARNING,
+            expected=_BUILT_ROPE_SCALING_FACTOR,
+            actual=factor,
+        )
+
+
+# megatron/post_training/model_builder.py of core_v0.19.0 leaves GPTModel's own default.
+_BUILT_ROPE_SCALING_FACTOR = 8.0
+
+
 # Order matters where Megatron's does: the layer count and ffn size before what is derived from them.
 _RULES: tuple[Callable[[_Resolution], None], ...] = (
     _positive,
@@ -363,6 +384,7 @@ _RULES: tuple[Callable[[_Resolution], None], ...] = (
     _positions,
     _softmax,
     _experts,
+    _rope_scaling,
     _vocabulary,
 )
 

@@ -45,7 +45,8 @@ class NotModelled:
 class Family:
     """What the modeling code of one ``model_type`` does whatever the config says.
 
-    ``qkv_bias`` and ``output_bias`` name the config key that decides, or are fixed.
+    The biases name the config key that decides, or are fixed. ``gated`` doubles the first
+    feed-forward matrix; ``zero_centered`` norms multiply by one plus their weight.
     """
 
     model_type: str
@@ -55,6 +56,10 @@ class Family:
     qk_layernorm: bool
     moe: bool
     source: str
+    normalization: str = "RMSNorm"
+    zero_centered: bool = False
+    epsilon: str = "rms_norm_eps"
+    gated: bool = True
 
 
 FAMILIES = (
@@ -78,6 +83,20 @@ FAMILIES = (
         False,
         "models/llama/modeling_llama.py",
     ),
+    Family("phi3", False, False, False, False, False, "models/phi3/modeling_phi3.py"),
+    Family(
+        "nemotron",
+        "attention_bias",
+        "attention_bias",
+        "mlp_bias",
+        False,
+        False,
+        "models/nemotron/modeling_nemotron.py",
+        normalization="LayerNorm",
+        zero_centered=True,
+        epsilon="norm_eps",
+        gated=False,
+    ),
     Family("mistral", False, False, False, False, False, "models/mistral/modeling_mistral.py"),
     Family("mixtral", False, False, False, False, True, "models/mixtral/modeling_mixtral.py"),
 )
@@ -89,17 +108,18 @@ INERT_KEYS = frozenset(
     _name_or_path architectures auto_map model_type transformers_version torch_dtype dtype use_cache
     bos_token_id eos_token_id pad_token_id initializer_range attention_dropout output_router_logits
     router_aux_loss_coef router_jitter_noise max_window_layers pretraining_tp quantization_config
-    output_attentions output_hidden_states return_dict
+    output_attentions output_hidden_states return_dict embd_pdrop resid_pdrop
+    original_max_position_embeddings kv_channels
     """.split()
 )
 # Keys that a topic below reads.
 READ_KEYS = frozenset(
     """
-    num_hidden_layers hidden_size num_attention_heads intermediate_size rms_norm_eps num_key_value_heads
-    head_dim vocab_size attention_bias mlp_bias tie_word_embeddings max_position_embeddings rope_parameters
-    rope_theta partial_rotary_factor rope_scaling use_sliding_window sliding_window layer_types hidden_act
-    num_experts num_local_experts num_experts_per_tok moe_intermediate_size decoder_sparse_step
-    mlp_only_layers norm_topk_prob
+    num_hidden_layers hidden_size num_attention_heads num_key_value_heads intermediate_size rms_norm_eps
+    norm_eps head_dim vocab_size attention_bias mlp_bias tie_word_embeddings max_position_embeddings
+    rope_parameters rope_theta partial_rotary_factor rope_scaling use_sliding_window sliding_window
+    layer_types hidden_act num_experts num_local_experts num_experts_per_tok moe_intermediate_size
+    decoder_sparse_step mlp_only_layers norm_topk_prob
     """.split()
 )
 
@@ -123,7 +143,6 @@ _PLAIN = (
     ("hidden_size", "hidden_size"),
     ("num_attention_heads", "num_attention_heads"),
     ("ffn_hidden_size", "intermediate_size"),
-    ("layernorm_epsilon", "rms_norm_eps"),
 )
 
 
@@ -158,12 +177,13 @@ def _sizes(family: Family, config: Config) -> Iterator[Item]:
 
 # Families whose code takes hidden_size / num_attention_heads where head_dim is absent; the others have a
 # default of their own, which a config file does not show.
-_HEAD_DIM_DIVIDES = frozenset({"qwen2", "llama", "mistral", "mixtral"})
+_HEAD_DIM_DIVIDES = frozenset({"qwen2", "llama", "phi3", "nemotron", "mistral", "mixtral"})
 
 
 def _norms(family: Family, config: Config) -> Iterator[Item]:
-    yield Expectation("normalization", "RMSNorm", family.source)
-    yield Expectation("layernorm_zero_centered_gamma", False, family.source)
+    yield Expectation("normalization", family.normalization, family.source)
+    yield _from_key(config, "layernorm_epsilon", family.epsilon)
+    yield Expectation("layernorm_zero_centered_gamma", family.zero_centered, family.source)
     yield Expectation("qk_layernorm", family.qk_layernorm, family.source)
 
 
@@ -253,10 +273,18 @@ def _activation(family: Family, config: Config) -> Iterator[Item]:
     if activation is None:
         yield Unknown("swiglu", "hidden_act")
         return
-    yield Expectation("swiglu", activation == "silu", "hidden_act")
-    yield Expectation("squared_relu", False, "hidden_act")
-    if activation != "silu":
+    arguments = {"swiglu": False, "squared_relu": False}
+    known = _ACTIVATIONS.get((str(activation), family.gated))
+    if known is not None:
+        arguments[known] = True
+    for dest, value in arguments.items():
+        yield Expectation(dest, value, "hidden_act")
+    if known is None:
         yield NotModelled("swiglu", "hidden_act", activation)
+
+
+# (activation, gated) -> the argument that makes it so.
+_ACTIVATIONS = {("silu", True): "swiglu", ("relu2", False): "squared_relu"}
 
 
 def _experts(family: Family, config: Config) -> Iterator[Item]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +16,12 @@ from harness.arguments import Arguments, resolve
 from harness.errors import UnknownPreset, UsageError
 from harness.finding import Finding, Severity
 from harness.flags import Flag, parse_flags
-from harness.shell import ARGUMENT_VARIABLES, MAX_BYTES, Variable, read_script
+from harness.shell import ARGUMENT_VARIABLES, MAX_BYTES, Script, Variable, read_script
+
+# What Megatron-LM's ``conf/arguments.sh`` has set before it sources a preset, at layout tp1.
+SET_BEFORE = dict.fromkeys(("TP", "ETP", "EP", "PP", "CP", "DP"), "1")
+# What its scripts run after it.
+EXECUTED = frozenset({"LAUNCH_SCRIPT", "SCRIPT_DIR"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +49,9 @@ def load_preset(file: PresetFile) -> Preset:
     data, unreadable = _read(file.path)
     if unreadable is not None:
         return Preset(file.name, file.path, MappingProxyType({}), (), None, (unreadable,))
-    script = read_script(data)
+    script = read_script(data, environment=SET_BEFORE)
     variables = MappingProxyType(dict(script.variables))
-    findings = list(script.findings)
+    findings = [*script.findings, *_executed(script)]
     words = [
         word
         for name in ARGUMENT_VARIABLES
@@ -65,6 +70,14 @@ def load_preset(file: PresetFile) -> Preset:
     flags, wrong = parse_flags(words)
     arguments, refused = resolve(flags)
     return Preset(file.name, file.path, variables, flags, arguments, (*findings, *wrong, *refused))
+
+
+def _executed(script: Script) -> Iterator[Finding]:
+    """Assignments that are harmless themselves and run something in the script that sources the preset."""
+    for name in sorted(EXECUTED & script.variables.keys()):
+        variable = script.variables[name]
+        message = f"{name} is refused: Megatron-LM's scripts execute what it holds"
+        yield Finding("parse", Severity.ERROR, message, name, variable.line, variable.column)
 
 
 def _read(path: Path) -> tuple[bytes, Finding | None]:

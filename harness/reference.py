@@ -42,12 +42,12 @@ _MAX_BYTES = 1 << 20
 class Facts:
     """The publisher's figures for one model.
 
-    ``config`` has Hugging Face's keys, ``params`` counts of parameters (``total``, ``active``).
+    ``config`` has Hugging Face's keys, ``params`` counts of parameters (``total``, ``active``), ``hf_id``
+    the model's name there.
     """
 
     path: Path
     config: Mapping[str, Any]
-    architecture: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
     params: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
     hf_id: str | None = None
 
@@ -80,7 +80,7 @@ def facts_beside(preset: Path) -> tuple[Facts | None, tuple[Finding, ...]]:
 def _read_toml(path: Path) -> Facts:
     data = tomllib.loads(path.read_bytes().decode())
     tables = {}
-    for name in ("config", "architecture", "params"):
+    for name in ("config", "derived", "architecture", "params"):
         tables[name] = data.get(name, {})
         if not isinstance(tables[name], dict):
             raise ValueError(f"[{name}] is not a table")
@@ -92,10 +92,17 @@ def _read_toml(path: Path) -> Facts:
         raise ValueError("null_keys is not a list of keys")
     for key in null_keys:
         config.setdefault(key, None)
+    # What follows from the exact parameter count fills in what the publisher leaves out; a head size that
+    # is left out, the family's own code derives.
+    for key in tables["derived"].keys() & READ_KEYS - {"head_dim"}:
+        config.setdefault(key, tables["derived"][key])
+    # Likewise what its modeling code fixes; one key decides both biases of attention.
+    bias = tables["architecture"].get("attention_qkv_bias")
+    if isinstance(bias, bool):
+        config.setdefault("attention_bias", bias)
     return Facts(
         path,
         MappingProxyType(config),
-        MappingProxyType(tables["architecture"]),
         MappingProxyType(tables["params"]),
         data["hf_id"] if isinstance(data.get("hf_id"), str) else None,
     )

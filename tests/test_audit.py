@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
-from broken import FACTS, MOE, PRESETS, TEXTS, edit, line_of, write_copy
+from broken import FACTS, MOE, PRESETS, TEXTS, TREE, edit, line_of, write_copy
 
 from harness.architecture import architecture
 from harness.audit import audit
 from harness.finding import Finding, Severity
+from harness.inventory import counts
 from harness.layout import Layout
 from harness.pipeline import lint
-from harness.preset import find_presets, load_preset, preset_at
+from harness.preset import PresetFile, discover, find_presets, load_preset, preset_at
 from harness.recipes import RECIPES, find_recipe
-
-TREE = Path(__file__).parent.parent / "presets"
 
 COUNTS = {  # total and active
     "Qwen2.5-0.5B-Instruct": (494_032_768, 494_032_768),
@@ -221,3 +221,13 @@ def test_what_a_layout_does_not_divide_is_an_error(name: str, layout: str, flag:
 def test_a_layout_that_fits_is_silent(layout: str) -> None:
     report = lint(find_presets(["Qwen3-30B-A3B"], TREE)[0], Layout.parse(layout))
     assert report.findings == ()
+
+
+@pytest.mark.parametrize("file", discover(TREE), ids=lambda file: file.name)
+def test_every_preset_has_the_published_number_of_parameters(file: PresetFile) -> None:
+    params = tomllib.loads(file.path.with_suffix(".toml").read_text())["params"]
+    arguments = load_preset(file).arguments
+    assert arguments is not None
+    counted = counts(architecture(arguments))
+    assert counted.total == params["total"]
+    assert counted.active == params.get("active", counted.total)

@@ -563,3 +563,17 @@ def test_reading_takes_milliseconds() -> None:
     for name in (*PRESETS, *MOE):
         lint(PRESETS[name])
     assert perf_counter() - start < SECONDS
+
+
+@pytest.mark.parametrize("name", ["LAUNCH_SCRIPT", "SCRIPT_DIR"])
+def test_a_variable_that_the_scripts_execute_is_refused(tmp_path: Path, name: str) -> None:
+    path = write_copy(tmp_path, "Qwen3-8B", TEXTS["Qwen3-8B"] + f'\n{name}="touch /nowhere/x;"\n')
+    line = len(TEXTS["Qwen3-8B"].splitlines()) + 2
+    (finding,) = errors(lint(preset_at(path)).findings)
+    assert (finding.flag, finding.line) == (name, line)
+    assert finding.message == f"{name} is refused: Megatron-LM's scripts execute what it holds"
+
+
+def test_the_sizes_that_the_scripts_set_before_are_known(tmp_path: Path) -> None:
+    text = TEXTS["Qwen3-30B-A3B"] + '\nMLM_EXTRA_ARGS="--expert-model-parallel-size $((EP * 1))"\n'
+    assert lint(preset_at(write_copy(tmp_path, "Qwen3-30B-A3B", text))).findings == ()

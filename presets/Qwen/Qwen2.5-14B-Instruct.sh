@@ -1,0 +1,39 @@
+#!/bin/bash
+
+if [ -z ${HF_MODEL_CKPT} ]; then
+    HF_MODEL_CKPT=Qwen/Qwen2.5-14B-Instruct
+    TOKENIZER_MODEL=Qwen/Qwen2.5-14B-Instruct
+else
+    TOKENIZER_MODEL=${HF_MODEL_CKPT}
+fi
+
+MODEL_ARGS=" \
+    --save-interval 100000 \
+    --micro-batch-size 1 \
+    --bf16 \
+    --no-masked-softmax-fusion \
+    --no-rope-fusion \
+    --no-bias-swiglu-fusion \
+    --tokenizer-type HuggingFaceTokenizer \
+    --num-layers 48 \
+    --hidden-size 5120 \
+    --ffn-hidden-size 13824 \
+    --num-attention-heads 40 \
+    --group-query-attention \
+    --num-query-groups 8 \
+    --kv-channels 128 \
+    --add-qkv-bias \
+    --disable-bias-linear \
+    --swiglu \
+    --normalization RMSNorm \
+    --norm-epsilon 1e-6 \
+    --position-embedding-type rope \
+    --rotary-percent 1.0 \
+    --rotary-base 1000000 \
+    --max-position-embeddings 32768 \
+    --seq-length 4096 \
+    --padded-vocab-size 152064 \
+    --untie-embeddings-and-output-weights \
+    --attention-dropout 0.0 \
+    --hidden-dropout 0.0 \
+"
