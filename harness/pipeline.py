@@ -33,7 +33,7 @@ from harness.finding import Finding, Severity, has_errors
 from harness.invariants import SIZE_ARGUMENTS
 from harness.inventory import activations, counts, parameters
 from harness.layout import Layout
-from harness.preset import Preset, PresetFile, load_preset
+from harness.preset import PresetFile, load_preset
 from harness.recipes import Recipe, find_recipe
 from harness.reference import Facts, compare, compare_checkpoint, facts_beside
 from harness.shrink import NoPlan, ShrinkPlan, shrink
@@ -116,15 +116,6 @@ class _Stage:
             self.usable = False
 
 
-@dataclass
-class _Seen:
-    """What the torch-free stages learnt of a preset."""
-
-    preset: Preset
-    arguments: Arguments | None = None
-    architecture: Architecture | None = None
-
-
 def lint(file: PresetFile, layout: Layout | None = None, recipe: Recipe | None = None) -> CaseReport:
     """The stages that need no torch and no GPU: parse, reference, audit."""
     start = perf_counter()
@@ -138,8 +129,7 @@ def blueprint(file: PresetFile, layout: Layout) -> tuple[CaseReport, ShrinkPlan 
     """What ``harness show`` prints: the torch-free stages and the shrink plan."""
     start = perf_counter()
     run = _Run()
-    seen = _read(run, file, layout, None)
-    plan = _shrink(run, seen.architecture, layout)
+    plan = _shrink(run, _read(run, file, layout, None), layout)
     case = Case(file.name, str(file.path), "", layout, "")
     report = CaseReport(case, _outcome(run), perf_counter() - start, tuple(run.stages), tuple(run.findings))
     return replace(report, shrink=_shrink_report(plan)), plan
@@ -165,8 +155,8 @@ def check(case: Case) -> CaseReport:
 
 def _check(run: _Run, case: Case) -> CaseReport:
     recipe = find_recipe(case.recipe)
-    seen = _read(run, PresetFile(case.preset, Path(case.path)), case.layout, recipe)
-    model = _Model(run, case, recipe, seen.architecture)
+    full = _read(run, PresetFile(case.preset, Path(case.path)), case.layout, recipe)
+    model = _Model(run, case, recipe, full)
     model.run_stages()
     return CaseReport(
         case=case,
@@ -183,14 +173,15 @@ def _check(run: _Run, case: Case) -> CaseReport:
 # ---- the stages without torch ----
 
 
-def _read(run: _Run, file: PresetFile, layout: Layout, recipe: Recipe | None) -> _Seen:
-    """parse, reference and audit."""
+def _read(run: _Run, file: PresetFile, layout: Layout, recipe: Recipe | None) -> Architecture | None:
+    """parse, reference and audit; the full-size architecture, where the file describes one."""
     with run.stage("parse") as stage:
         preset = load_preset(file)
         stage.findings.extend(preset.findings)
         stage.usable = preset.arguments is not None
         stage.detail = f"{len(preset.flags)} flags"
-    seen = _Seen(preset)
+    arguments: Arguments | None = None
+    full: Architecture | None = None
     facts: Facts | None = None
     if run.can("reference"):
         with run.stage("reference") as stage:
@@ -202,21 +193,21 @@ def _read(run: _Run, file: PresetFile, layout: Layout, recipe: Recipe | None) ->
                 stage.findings.extend(compare(preset.arguments, facts))
                 stage.findings.extend(compare_checkpoint(preset.variables.get("HF_MODEL_CKPT"), facts))
                 stage.detail = f"compared with {facts.path.name}"
-            seen.arguments, assumed = with_vocabulary(preset.arguments, facts)
+            arguments, assumed = with_vocabulary(preset.arguments, facts)
             stage.findings.extend(assumed)
     if run.can("audit"):
         with run.stage("audit") as stage:
-            assert seen.arguments is not None
+            assert arguments is not None
             try:
-                seen.architecture = architecture(seen.arguments)
+                full = architecture(arguments)
             except NotAModel as error:
-                stage.findings.append(seen.arguments.finding(error.dest, str(error), stage="audit"))
+                stage.findings.append(arguments.finding(error.dest, str(error), stage="audit"))
                 stage.usable = False
             else:
-                result = audit(seen.architecture, facts.params if facts else None, layout, recipe)
+                result = audit(full, facts.params if facts else None, layout, recipe)
                 stage.findings.extend(result.findings)
                 stage.detail = f"{result.counts.total:,} parameters, {result.counts.active:,} active"
-    return seen
+    return full
 
 
 # About what today's tokenizers have; what is built from it is shrunken anyway.
@@ -309,9 +300,7 @@ class _Model:
 
         device = torch_device(self.case.device)
         with captured() as log, installed(device) as stand_ins:
-            self.stand_ins = tuple(
-                StandInReport(record.target, record.replacement, record.reason) for record in stand_ins
-            )
+            self.stand_ins = stand_ins
             try:
                 self._config(device)
                 self.plan = _shrink(self.run, self.full, self.case.layout)

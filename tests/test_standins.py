@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from harness.standins import STAND_INS, StandInRecord, installed, nvfp4, records
+from harness.case import StandInReport
+from harness.standins import STAND_INS, installed, nvfp4, records
 from harness.standins.norms import LayerNorm, Norm, RMSNorm
 from harness.standins.output import captured, import_foreign
 from harness.standins.patching import patched
@@ -348,4 +349,4 @@ def test_exceptions_pass_through_capture() -> None:
 
 def test_record_is_frozen() -> None:
     with pytest.raises(AttributeError):
-        StandInRecord("a", "b", "c.").reason = "d"  # type: ignore[misc]
+        StandInReport("a", "b", "c.").reason = "d"  # type: ignore[misc]

@@ -13,24 +13,16 @@ from dataclasses import dataclass
 
 import torch
 
+from harness.case import StandInReport
 from harness.standins import attention, compilation, cuda, norms, nvfp4, rng
 from harness.standins.output import import_foreign
-
-
-@dataclass(frozen=True, slots=True)
-class StandInRecord:
-    """One replacement as the report shows it; ``reason`` is a sentence for users."""
-
-    target: str
-    replacement: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class StandIn:
     """A record, when it applies, and how it is put in place."""
 
-    record: StandInRecord
+    record: StandInReport
     applies: Callable[[torch.device], bool]
     install: Callable[[], AbstractContextManager[None]]
 
@@ -54,7 +46,7 @@ def have_transformer_engine() -> bool:
 
 STAND_INS: tuple[StandIn, ...] = (
     StandIn(
-        StandInRecord(
+        StandInReport(
             "torch.cuda streams, events, current_device and device='cuda'",
             "no-ops on the CPU device",
             "Megatron asks for CUDA by name, and the case runs on the CPU.",
@@ -63,7 +55,7 @@ STAND_INS: tuple[StandIn, ...] = (
         cuda.install,
     ),
     StandIn(
-        StandInRecord(
+        StandInReport(
             "Megatron's CUDA random number tracker",
             "Megatron's inference tracker, which forks nothing",
             "There is no CUDA generator on the CPU, and dropout is off in a case.",
@@ -72,7 +64,7 @@ STAND_INS: tuple[StandIn, ...] = (
         rng.install,
     ),
     StandIn(
-        StandInRecord(
+        StandInReport(
             "torch.compile of Megatron's fused functions",
             "the same functions, not compiled",
             "Compiling takes many seconds on a CPU and changes no shape.",
@@ -81,7 +73,7 @@ STAND_INS: tuple[StandIn, ...] = (
         compilation.install,
     ),
     StandIn(
-        StandInRecord(
+        StandInReport(
             "transformer_engine.pytorch RMSNorm and LayerNorm",
             "the same norms in plain torch, computed in float32",
             "Transformer Engine is not installed, or the case does not run on CUDA.",
@@ -90,7 +82,7 @@ STAND_INS: tuple[StandIn, ...] = (
         norms.install,
     ),
     StandIn(
-        StandInRecord(
+        StandInReport(
             "Megatron's TEDotProductAttention",
             "Megatron's DotProductAttention",
             "Transformer Engine is not installed, or the case does not run on CUDA.",
@@ -99,7 +91,7 @@ STAND_INS: tuple[StandIn, ...] = (
         attention.install,
     ),
     StandIn(
-        StandInRecord(
+        StandInReport(
             "ModelOpt's NVFP4 fake-quantization kernel",
             "ModelOpt's NVFP4QTensor, packed and unpacked; a partial last block is padded with zeros",
             "The kernel, which pads as well, is written for CUDA.",
@@ -110,13 +102,13 @@ STAND_INS: tuple[StandIn, ...] = (
 )
 
 
-def records(device: torch.device) -> tuple[StandInRecord, ...]:
+def records(device: torch.device) -> tuple[StandInReport, ...]:
     """What would be replaced on ``device``."""
     return tuple(row.record for row in STAND_INS if row.applies(device))
 
 
 @contextmanager
-def installed(device: torch.device) -> Iterator[tuple[StandInRecord, ...]]:
+def installed(device: torch.device) -> Iterator[tuple[StandInReport, ...]]:
     """Put in place what ``device`` lacks, yield the records, and restore everything at the end.
 
     May be nested. Enter it before ``open_world``; a model built inside must not outlive it.
