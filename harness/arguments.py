@@ -177,6 +177,98 @@ def _contradictions(r: _Resolution) -> None:
             r.report(other, f"contradicts {first.flag} on line {first.line}: {why}")
 
 
+def _model_type(r: _Resolution) -> None:
+    if r.values["export_model_type"] == "MambaModel":
+        message = "--export-model-type MambaModel is deprecated: write HybridModel, which it means"
+        r.report(
+            "export_model_type",
+            message,
+            severity=Severity.WARNING,
+            expected="HybridModel",
+            actual="MambaModel",
+        )
+        r.derive("export_model_type", "HybridModel", "export_model_type", "MambaModel means HybridModel")
+
+
+def _pattern(r: _Resolution) -> None:
+    """The hybrid pattern decides the number of layers, and more, whatever other flags say."""
+    if r.values["hybrid_override_pattern"] is not None:
+        if r.given("hybrid_layer_pattern"):
+            message = "Megatron refuses --hybrid-override-pattern together with --hybrid-layer-pattern"
+            r.report("hybrid_override_pattern", message)
+        else:
+            because = "--hybrid-override-pattern, deprecated, is copied into --hybrid-layer-pattern"
+            pattern = r.values["hybrid_override_pattern"]
+            r.derive("hybrid_layer_pattern", pattern, "hybrid_override_pattern", because)
+    pattern = r.values["hybrid_layer_pattern"]
+    if pattern is None:
+        return
+    main, _, heads = pattern.partition("/")
+    layers = len(main.replace("|", ""))
+    if r.given("num_layers") and r.values["num_layers"] != layers:
+        message = f"--num-layers has no effect: the layer pattern names {layers} layers"
+        r.report("num_layers", message, expected=layers, actual=r.values["num_layers"])
+    r.derive("num_layers", layers, "hybrid_layer_pattern", f"the layer pattern names {layers} layers")
+    if set("+D") & set(main):
+        because = "the layer pattern has latent attention"
+        r.derive("multi_latent_attention", True, "hybrid_layer_pattern", because)
+    if heads:
+        depths = heads.count("/") + 1
+        r.derive("mtp_num_layers", depths, "hybrid_layer_pattern", "the layer pattern ends in MTP layers")
+    if r.values["export_model_type"] != "HybridModel":
+        r.report(
+            "hybrid_layer_pattern",
+            "the layer pattern only gives the number of layers: without --export-model-type HybridModel "
+            "Megatron-LM's ModelOpt builder makes a GPTModel, with attention in every layer",
+            expected="HybridModel",
+            actual=r.values["export_model_type"],
+        )
+
+
+def _mamba(r: _Resolution) -> None:
+    hidden, head = r.values["hidden_size"], r.values["mamba_head_dim"]
+    hybrid = r.values["export_model_type"] == "HybridModel"
+    if hybrid and r.values["mamba_num_heads"] is None and hidden and head and head > 0:
+        if 2 * hidden % head:
+            message = f"twice --hidden-size {hidden} / --mamba-head-dim {head} is not whole"
+            r.report("mamba_num_heads", message)
+        because = "--mamba-num-heads is not set: twice --hidden-size / --mamba-head-dim"
+        r.derive("mamba_num_heads", 2 * hidden // head, "mamba_num_heads", because)
+
+
+def _yarn(r: _Resolution) -> None:
+    """YaRN's constants: what the builder sets for gpt-oss, or Megatron's own where no flag gives one."""
+    if r.values["enable_gpt_oss"]:
+        for dest, value in _GPT_OSS_YARN.items():
+            r.derive(dest, value, "enable_gpt_oss", "--enable-gpt-oss sets it, whatever other flags say")
+        if r.values["position_embedding_type"] != "learned_absolute":
+            # A learned table, Megatron's default, is added all the same.
+            because = "--enable-gpt-oss sets it"
+            r.derive("position_embedding_type", "yarn", "enable_gpt_oss", because)
+    elif r.values["position_embedding_type"] == "yarn":
+        for dest, value in _YARN.items():
+            if r.values[dest] is None:
+                r.derive(dest, value, dest, f"{flag_for(dest)} is not set")
+
+
+# Megatron's argument_utils.py; and model_builder.py of core_v0.19.0, whatever the flags say.
+_YARN = {
+    "yarn_original_max_position_embeddings": 4096,
+    "yarn_beta_fast": 32.0,
+    "yarn_beta_slow": 1.0,
+    "yarn_correction_range_round_to_int": True,
+}
+_GPT_OSS_YARN = {
+    "rotary_scaling_factor": 32.0,
+    "yarn_original_max_position_embeddings": 131072,
+    "yarn_beta_fast": 32.0,
+    "yarn_beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.0,
+    "yarn_correction_range_round_to_int": False,
+}
+
+
 def _layers(r: _Resolution) -> None:
     if r.values["num_layers"] is None and r.values["encoder_num_layers"] is not None:
         r.derive(
@@ -374,6 +466,8 @@ _BUILT_ROPE_SCALING_FACTOR = 8.0
 _RULES: tuple[Callable[[_Resolution], None], ...] = (
     _positive,
     _contradictions,
+    _model_type,
+    _pattern,
     _layers,
     _required,
     _sequence,
@@ -382,6 +476,8 @@ _RULES: tuple[Callable[[_Resolution], None], ...] = (
     _groups,
     _biases,
     _positions,
+    _mamba,
+    _yarn,
     _softmax,
     _experts,
     _rope_scaling,

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from harness.architecture import Architecture, Attention, Dense, Layer, MoE, Norm
+from harness.architecture import Architecture
+from harness.layers import Attention, Dense, Layer, MoE, Norm, QKNorm
 
 Shape = tuple[int, ...]
 
@@ -77,11 +78,12 @@ def activations(
     for index, layer in enumerate(architecture.layers):
         prefix = f"decoder.layers.{index}"
         attention = f"{prefix}.self_attention"
-        a = layer.attention
+        a = layer.mixer
+        assert isinstance(a, Attention)
         query, qkv = (*tokens, a.query_width), (*tokens, a.query_width + 2 * a.kv_width)
         shapes[f"{prefix}.input_layernorm"] = ModuleShapes((hidden,), (hidden,))
         shapes[f"{attention}.linear_qkv"] = ModuleShapes((hidden,), (qkv,))
-        if a.qk_layernorm:
+        if a.qk_norm is QKNorm.LEARNED:
             for name, heads in (("q", a.num_attention_heads), ("k", a.num_query_groups)):
                 split = (*tokens, heads, a.kv_channels)
                 shapes[f"{attention}.{name}_layernorm"] = ModuleShapes((split,), (split,))
@@ -103,7 +105,7 @@ def _dense_activations(prefix: str, dense: Dense, hidden: Shape) -> Iterator[tup
 
 
 def _layer_counts(architecture: Architecture, layer: Layer) -> Counts:
-    rest = sum(prod(shape) for _, shape in _attention_block(architecture, layer.attention))
+    rest = sum(prod(shape) for _, shape in _attention_block(architecture, layer.mixer))
     if isinstance(layer.mlp, Dense):
         size = rest + sum(prod(shape) for _, shape in _dense(layer.mlp, architecture.hidden_size))
         return Counts(size, size)
@@ -126,7 +128,7 @@ def _outside_layers(architecture: Architecture) -> Iterator[tuple[str, Shape]]:
 
 
 def _layer(architecture: Architecture, layer: Layer) -> Iterator[tuple[str, Shape]]:
-    yield from _attention_block(architecture, layer.attention)
+    yield from _attention_block(architecture, layer.mixer)
     if isinstance(layer.mlp, Dense):
         yield from _prefixed("mlp", _dense(layer.mlp, architecture.hidden_size))
         return
@@ -143,7 +145,7 @@ def _attention_block(architecture: Architecture, attention: Attention) -> Iterat
     yield "self_attention.linear_qkv.weight", (qkv, hidden)
     if attention.qkv_bias:
         yield "self_attention.linear_qkv.bias", (qkv,)
-    if attention.qk_layernorm:
+    if attention.qk_norm is QKNorm.LEARNED:
         yield from _norm(architecture, "self_attention.q_layernorm", attention.kv_channels)
         yield from _norm(architecture, "self_attention.k_layernorm", attention.kv_channels)
     yield "self_attention.linear_proj.weight", (hidden, attention.query_width)

@@ -16,7 +16,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from harness.architecture import Architecture, NotAModel, architecture, unmodelled
+from harness.architecture import Architecture, NotAModel, architecture
 from harness.arguments import Arguments, How, Origin
 from harness.audit import audit
 from harness.case import (
@@ -33,6 +33,7 @@ from harness.finding import Finding, Severity, has_errors
 from harness.invariants import SIZE_ARGUMENTS
 from harness.inventory import activations, counts, parameters
 from harness.layout import Layout
+from harness.modelled import unmodelled
 from harness.preset import PresetFile, load_preset
 from harness.recipes import Recipe, find_recipe
 from harness.reference import Facts, compare, compare_checkpoint, facts_beside

@@ -14,7 +14,7 @@ from itertools import islice, pairwise
 from math import gcd, log
 from typing import TYPE_CHECKING, Any
 
-from harness.architecture import Architecture, Dense, MoE, architecture, moe_layers
+from harness.architecture import Architecture, architecture, moe_layers
 from harness.invariants import (
     BLOCK,
     FP4_BLOCK,
@@ -28,6 +28,7 @@ from harness.invariants import (
     same_equalities,
 )
 from harness.inventory import counts
+from harness.layers import Dense, MoE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
