@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -20,14 +18,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from harness.architecture import layer_symbols
 from harness.errors import UnsupportedModel
+from harness.filling import fill
 from harness.finding import Finding, Severity
 from harness.layout import Layout
-from harness.standins import no_transformer_engine
+from harness.standins import has_query_projection, no_mamba_ssm, no_transformer_engine
 from harness.standins.output import import_foreign
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from harness.architecture import Architecture
@@ -87,18 +89,22 @@ OVERRIDES: tuple[Override, ...] = (
         "the fused kernel is Apex's, for CUDA; the plain softmax computes the same",
         no_transformer_engine,
     ),
+    Override(
+        "use_mamba_mem_eff_path",
+        _always(False),
+        "the path of one kernel is mamba-ssm's; the other, in steps, computes the same",
+        no_mamba_ssm,
+    ),
 )
 
-# What the real builder can build and this one cannot, yet: argument, value of a model it can.
-_NOT_YET: Mapping[str, Any] = {
-    "export_model_type": "GPTModel",
-    "multi_latent_attention": False,
-    "mtp_num_layers": None,
-    "heterogeneous_layers_config_path": None,
-    "hybrid_layer_pattern": None,
-    "export_offline_model": False,
-    "export_default_te_spec": False,
-    "spec": None,
+# Models that Megatron-LM's builder can make, or refuses, and this one does not make: by argument, the
+# value that it can build, and why no other.
+_NOT_BUILT: Mapping[str, tuple[Any, str]] = {
+    "mtp_num_layers": (None, "prediction heads are of Transformer Engine's layer specs, not of ModelOpt's"),
+    "heterogeneous_layers_config_path": (None, "its layers stand in another file, which is not read"),
+    "export_offline_model": (False, "it builds the model without its layers"),
+    "export_default_te_spec": (False, "it is pruning's; quantize.py builds from ModelOpt's layer specs"),
+    "spec": (None, "Megatron-LM's ModelOpt builder refuses layer specs of one's own"),
 }
 
 
@@ -108,11 +114,11 @@ def transformer_config(
     """Megatron's config of a model of any size; allocates nothing and needs no open world.
 
     ``arguments`` are Megatron's effective ones by argparse name. Megatron's own validation runs, and
-    what it raises comes through. Raises UnsupportedModel for a kind of model that is not supported yet.
+    what it raises comes through. Raises UnsupportedModel for a kind of model that cannot be built here.
     """
-    for dest, supported in _NOT_YET.items():
+    for dest, (supported, why) in _NOT_BUILT.items():
         if arguments.get(dest, supported) != supported:
-            message = f"{dest} {arguments[dest]!r} makes a model that the harness cannot build yet"
+            message = f"{dest} {arguments[dest]!r} makes a model that the harness cannot build: {why}"
             raise UnsupportedModel(message, dest)
     import_foreign()
     from megatron.training.argument_utils import core_transformer_config_from_args
@@ -150,8 +156,8 @@ def _namespace(arguments: Mapping[str, Any], layout: Layout, device: torch.devic
         value = values.get(field.name)
         if isinstance(field.default, Enum) and isinstance(value, str):
             values[field.name] = type(field.default)[value]
-        elif isinstance(value, tuple):
-            values[field.name] = list(value)  # Megatron tests for list
+        elif isinstance(value, tuple) and field.name != "window_size":
+            values[field.name] = list(value)  # Megatron tests for list; the window alone is a pair
     for override in OVERRIDES:
         if override.applies(device):
             values[override.dest] = override.value(layout)
@@ -195,17 +201,38 @@ _VALIDATED: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
 
 def build_model(
     architecture: Architecture, layout: Layout, device: torch.device, seed: int = 1234
-) -> GPTModel:
+) -> GPTModel | HybridModel:
     """The model in bf16 and eval mode on ``device``, weights set by ``seed`` alone.
 
     Call it inside ``standins.installed`` and ``open_world``; the model must not outlive them.
     """
+    config = transformer_config(architecture.arguments.values, layout, device)
+    build = _hybrid_model if architecture.hybrid else _gpt_model
+    model = build(architecture, config, layout)
+    # Megatron's get_model moves the model to the device and wraps it in Float16Module, which does this.
+    model = model.to(device).bfloat16().eval()
+    fill(model, seed)
+    return model
+
+
+def _gpt_model(architecture: Architecture, config: TransformerConfig, layout: Layout) -> GPTModel:
     from megatron.core.models.gpt import GPTModel
+
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=_gpt_spec(architecture, config, layout),
+        rope_scaling=architecture.arguments["use_rope_scaling"],
+        **_ends(architecture),
+    )
+
+
+def _gpt_spec(
+    architecture: Architecture, config: TransformerConfig, layout: Layout
+) -> TransformerBlockSubmodules:
     from megatron.core.post_training.modelopt.gpt.model_specs import get_gpt_modelopt_spec
 
     arguments = architecture.arguments.values
-    config = transformer_config(arguments, layout, device)
-    spec = get_gpt_modelopt_spec(
+    return get_gpt_modelopt_spec(
         config=config,
         # Context parallelism needs Transformer Engine's attention, whatever the arguments say.
         local_core_attention=layout.cp == 1 and arguments["export_force_local_attention"],
@@ -213,45 +240,60 @@ def build_model(
         real_quant_cfg=arguments["export_real_quant_cfg"],
         use_arbitrary_attention_mask=False,
     )
-    model = GPTModel(
+
+
+def _hybrid_model(architecture: Architecture, config: TransformerConfig, layout: Layout) -> HybridModel:
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.core.post_training.modelopt.hybrid.model_specs import get_hybrid_stack_modelopt_spec
+
+    pattern = architecture.arguments["hybrid_layer_pattern"]
+    return HybridModel(
         config=config,
-        transformer_layer_spec=spec,
-        vocab_size=architecture.padded_vocab_size,
-        max_sequence_length=architecture.max_position_embeddings,
-        fp16_lm_cross_entropy=arguments["fp16_lm_cross_entropy"],
-        parallel_output=True,
-        share_embeddings_and_output_weights=not arguments["untie_embeddings_and_output_weights"],
-        position_embedding_type=arguments["position_embedding_type"],
-        rotary_percent=arguments["rotary_percent"],
-        rotary_base=arguments["rotary_base"],
-        rope_scaling=arguments["use_rope_scaling"],
+        # As there: --export-force-local-attention and llama3's rope scaling are passed to no hybrid.
+        hybrid_stack_spec=get_hybrid_stack_modelopt_spec(remap_te_layernorm=True),
+        # The pattern's own pipeline stages make way for the layout's.
+        hybrid_layer_pattern=layer_symbols(pattern) if layout.pp == 1 else pattern,
+        **_ends(architecture),
     )
-    # Megatron's get_model moves the model to the device and wraps it in Float16Module, which does this.
-    model = model.to(device).bfloat16().eval()
-    fill_parameters(model, seed)
-    return model
 
 
-def fill_parameters(model: GPTModel, seed: int) -> None:
-    """Set every parameter from its name and ``seed``: the same numbers on every device.
+def _ends(architecture: Architecture) -> dict[str, Any]:
+    """What both kinds of model are told about their embeddings and output."""
+    arguments = architecture.arguments.values
+    return {
+        "vocab_size": architecture.padded_vocab_size,
+        "max_sequence_length": architecture.max_position_embeddings,
+        "fp16_lm_cross_entropy": arguments["fp16_lm_cross_entropy"],
+        "parallel_output": True,
+        "share_embeddings_and_output_weights": not arguments["untie_embeddings_and_output_weights"],
+        "position_embedding_type": arguments["position_embedding_type"],
+        "rotary_percent": arguments["rotary_percent"],
+        "rotary_base": arguments["rotary_base"],
+    }
 
-    Matrices are normal with variance 1 / inputs, embeddings normal with variance 1, so that each
-    layer moves the residual stream about as much as it holds, whatever the width: with Megatron's
-    own 0.02 a shrunken layer hardly shows in the output, and an error in it would not either. Norm
-    factors are spread around one and biases around zero, so that leaving one out shows.
+
+def refused(architecture: Architecture, layout: Layout, device: torch.device) -> tuple[Finding, ...]:
+    """A warning where Megatron refuses the model and a stand-in lets it be built all the same.
+
+    Call it where ``build_model`` may be called.
     """
-    norm_factor = 0.0 if model.config.layernorm_zero_centered_gamma else 1.0
-    generator = torch.Generator()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-            generator.manual_seed(int.from_bytes(digest) >> 1)
-            values = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 1:
-                values = values * 0.1 + (norm_factor if name.endswith("norm.weight") else 0.0)
-            elif not name.startswith("embedding."):
-                values = values / math.sqrt(parameter.shape[-1])
-            parameter.copy_(values)
+    if not has_query_projection(architecture):
+        return ()
+    from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
+
+    config = transformer_config(architecture.arguments.values, layout, device)
+    (layer, *_) = _gpt_spec(architecture, config, layout).layer_specs
+    try:
+        QKNormConfigResolver(config, layer.submodules.self_attention.submodules).resolve()
+    except ValueError as error:
+        message = (
+            "Megatron refuses latent attention without --q-lora-rank from ModelOpt's layer specs, and "
+            f"examples/post_training/modelopt stops there: {str(error).splitlines()[0]}. "
+            "The harness builds it without that norm, as published"
+        )
+        finding = architecture.arguments.finding
+        return (finding("q_lora_rank", message, stage="build", severity=Severity.WARNING),)
+    return ()
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, Shape]:

@@ -24,12 +24,14 @@ from harness import blueprint, messages, pipeline, report
 from harness.case import Case, CaseReport, Outcome
 from harness.devices import resolve_device, worker_count
 from harness.errors import HarnessError, UsageError
-from harness.preset import PresetFile, find_presets
+from harness.preset import Found, find
 from harness.selection import (
     DEFAULT_TIMEOUT,
     cases_of,
     default_tree,
     layouts_named,
+    not_checked_json,
+    not_checked_text,
     recipes_named,
     runnable,
 )
@@ -91,8 +93,11 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 @app.command("list")
 def list_(presets: Tree = None, json_: Json = None) -> None:
     """Every preset: kind, size, heads, experts, reference."""
-    entries = [blueprint.summary(file) for file in _find([], presets)]
-    _deliver(blueprint.list_text(entries), {"schema": report.SCHEMA, "presets": entries}, json_)
+    found = _find([], presets)
+    entries = [blueprint.summary(file) for file in found.files]
+    others = not_checked_json(found.not_checked)
+    document = {"schema": report.SCHEMA, "presets": entries, "not_checked": others}
+    _deliver(_with_others(blueprint.list_text(entries), found), document, json_)
     raise typer.Exit(0)
 
 
@@ -105,9 +110,10 @@ def show(
 ) -> None:
     """The blueprint: full size beside shrunken, invariant by invariant."""
     (sizes,) = layouts_named([layout])
-    found = [pipeline.blueprint(file, sizes) for file in _find([name], presets)]
-    text = "\n\n".join(blueprint.show_text(*entry) for entry in found)
-    _finish(text, [case_report for case_report, _ in found], json_)
+    found = _find([name], presets)
+    shown = [pipeline.blueprint(file, sizes) for file in found.files]
+    text = "\n\n".join(blueprint.show_text(*entry) for entry in shown)
+    _finish(text, [case_report for case_report, _ in shown], json_, found)
 
 
 @app.command()
@@ -117,8 +123,9 @@ def lint(
     json_: Json = None,
 ) -> None:
     """parse + reference + audit; no torch, for pre-commit."""
-    reports = [pipeline.lint(file) for file in _find(paths or [], presets)]
-    _finish(messages.lint_text(reports), reports, json_)
+    found = _find(paths or [], presets)
+    reports = [pipeline.lint(file) for file in found.files]
+    _finish(messages.lint_text(reports), reports, json_, found)
 
 
 @app.command()
@@ -131,14 +138,16 @@ def audit(
 ) -> None:
     """Full-size table: parameter counts, and what each recipe pads."""
     recipes, layouts = recipes_named(recipe or ["all"]), layouts_named(layout or [])
-    files = _find(names or [], presets)
-    reports = [pipeline.lint(file, sizes, entry) for file in files for sizes in layouts for entry in recipes]
+    found = _find(names or [], presets)
+    reports = [
+        pipeline.lint(file, sizes, entry) for file in found.files for sizes in layouts for entry in recipes
+    ]
     blocks = (
-        blueprint.audit_text(files, layouts, recipes),
+        blueprint.audit_text(found.files, layouts, recipes),
         messages.errors_text(reports),
         messages.warnings_text(reports),
     )
-    _finish("\n\n".join(filter(None, blocks)), reports, json_)
+    _finish("\n\n".join(filter(None, blocks)), reports, json_, found)
 
 
 @app.command()
@@ -160,7 +169,8 @@ def check(
     recipes, layouts = recipes_named(recipe or []), runnable(layouts_named(layout or []))
     chosen = resolve_device(device)
     workers = _jobs(jobs, chosen)
-    cases = cases_of(_find(names or [], presets), recipes, layouts, chosen, presets)
+    found = _find(names or [], presets)
+    cases = cases_of(found.files, recipes, layouts, chosen, presets)
     if timeout < 0:
         raise UsageError(f"--timeout {timeout:g} is less than no time")
     if json_ not in (None, "-"):
@@ -168,7 +178,7 @@ def check(
     start = perf_counter()
     with _progress(len(cases)) as on_done:
         reports = run_cases(cases, workers, timeout or None, on_done)
-    _finish(messages.full_text(reports, _width(json_), perf_counter() - start), reports, json_)
+    _finish(messages.full_text(reports, _width(json_), perf_counter() - start), reports, json_, found)
 
 
 @app.command()
@@ -212,8 +222,8 @@ def choose_case(reports: Sequence[CaseReport], words: str | None, source: Path) 
     raise UsageError(f"{len(found)} cases of {source} {what}; name one of them:\n{listed}")
 
 
-def _find(names: Sequence[str], tree: Path | None) -> tuple[PresetFile, ...]:
-    return find_presets(names, tree or default_tree())
+def _find(names: Sequence[str], tree: Path | None) -> Found:
+    return find(names, tree or default_tree())
 
 
 def _jobs(text: str, device: str) -> int:
@@ -230,10 +240,23 @@ def _width(json_: str | None) -> int | None:
     return shutil.get_terminal_size().columns if stream.isatty() else None
 
 
-def _finish(text: str, reports: Sequence[CaseReport], json_: str | None) -> NoReturn:
-    """Print, write the document if one is wanted, and leave with the exit code of these reports."""
-    _deliver(text, report.to_json(reports) if json_ else None, json_)
+def _finish(
+    text: str, reports: Sequence[CaseReport], json_: str | None, found: Found | None = None
+) -> NoReturn:
+    """Print, write the document if one is wanted, and leave with the exit code of these reports.
+
+    ``found`` lists what stands in the same folders and is not checked.
+    """
+    others = found.not_checked if found else ()
+    document = report.to_json(reports) | {"not_checked": not_checked_json(others)} if json_ else None
+    _deliver(_with_others(text, found), document, json_)
     raise typer.Exit(report.exit_code(reports))
+
+
+def _with_others(text: str, found: Found | None) -> str:
+    """The text, then the other files of the same folders."""
+    listed = not_checked_text(found.not_checked) if found else ""
+    return "\n\n".join(filter(None, (text, listed)))
 
 
 def _deliver(text: str, document: Any, json_: str | None) -> None:

@@ -41,6 +41,31 @@ MODELLED = frozenset(
 # Of some modelled arguments, the values that are.
 _MODELLED_VALUES: Mapping[str, frozenset[str]] = {
     "position_embedding_type": frozenset({"learned_absolute", "rope", "yarn", "none"}),
+    "softmax_type": frozenset({"vanilla", "learnable"}),
+}
+
+# Values of unmodelled flags that change nothing in the model that the ModelOpt example builds.
+INERT: Mapping[str, frozenset[str]] = {
+    "transformer_impl": frozenset({"transformer_engine"}),
+    # The others of its choices pick other experts than plain top-k.
+    "moe_router_load_balancing_type": frozenset({"aux_loss", "seq_aux_loss", "global_aux_loss", "none"}),
+}
+
+# Flags of Megatron's that a ModelOpt run takes and makes nothing of, and what to write.
+_OVERWRITTEN: Mapping[str, str] = {
+    "qk_l2_norm": "Megatron-LM's ModelOpt builder overwrites it with --export-qk-l2-norm: write that",
+    "moe_apply_probs_on_input": (
+        "Megatron-LM's ModelOpt builder overwrites it with --export-moe-apply-probs-on-input: write that"
+    ),
+    "experimental_attention_variant": (
+        "ModelOpt's layers of a GPTModel are plain or latent attention whatever it says: write --export-"
+        "model-type HybridModel, and gated delta nets as layers G of --hybrid-layer-pattern"
+    ),
+    "linear_attention_freq": (
+        "ModelOpt's layers of a GPTModel are plain or latent attention whatever it says: write --export-"
+        "model-type HybridModel, and gated delta nets as layers G of --hybrid-layer-pattern"
+    ),
+    "spec": "Megatron-LM's ModelOpt builder refuses it: leave it out",
 }
 
 
@@ -50,11 +75,10 @@ def unmodelled(flags: Sequence[Flag]) -> tuple[Finding, ...]:
         Finding(
             "reference",
             Severity.ERROR,
-            f"{flag.name} changes the model ({flag.spec.reason}), and the harness does not model it: "
-            "nothing here says whether its value is right",
+            _message(flag),
             flag.name,
-            flag.line,
-            flag.column,
+            flag.line or None,
+            flag.column or None,
             expected=flag.spec.default,
             actual=flag.value,
         )
@@ -66,12 +90,16 @@ def unmodelled(flags: Sequence[Flag]) -> tuple[Finding, ...]:
     )
 
 
-# Values of unmodelled flags that change nothing in the model that the ModelOpt example builds.
-_INERT: Mapping[str, frozenset[str]] = {
-    "transformer_impl": frozenset({"transformer_engine"}),
-    # The others of its choices pick other experts than plain top-k.
-    "moe_router_load_balancing_type": frozenset({"aux_loss", "seq_aux_loss", "global_aux_loss", "none"}),
-}
+def _message(flag: Flag) -> str:
+    if flag.dest in _OVERWRITTEN:
+        return f"{flag.name} has no effect: {_OVERWRITTEN[flag.dest]}"
+    what = flag.name
+    if flag.dest in MODELLED:
+        what = f"{flag.name} {flag.value}"
+    return (
+        f"{what} changes the model ({flag.spec.reason}), and the harness does not model it: "
+        "nothing here says whether its value is right"
+    )
 
 
 def _is_modelled(flag: Flag) -> bool:
@@ -80,4 +108,4 @@ def _is_modelled(flag: Flag) -> bool:
 
 def _is_inert(flag: Flag) -> bool:
     values = flag.value if isinstance(flag.value, tuple) else (flag.value,)
-    return set(values) <= _INERT.get(flag.dest, frozenset())
+    return set(values) <= INERT.get(flag.dest, frozenset())

@@ -16,6 +16,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from harness.activations import activations
 from harness.architecture import Architecture, NotAModel, architecture
 from harness.arguments import Arguments, How, Origin
 from harness.audit import audit
@@ -31,7 +32,7 @@ from harness.case import (
 from harness.errors import UnsupportedModel, UsageError
 from harness.finding import Finding, Severity, has_errors
 from harness.invariants import SIZE_ARGUMENTS
-from harness.inventory import activations, counts, parameters
+from harness.inventory import counts, parameters
 from harness.layout import Layout
 from harness.modelled import unmodelled
 from harness.preset import PresetFile, load_preset
@@ -187,13 +188,13 @@ def _read(run: _Run, file: PresetFile, layout: Layout, recipe: Recipe | None) ->
     if run.can("reference"):
         with run.stage("reference") as stage:
             assert preset.arguments is not None
-            facts, unreadable = facts_beside(file.path)
+            facts, unreadable = facts_beside(preset.path)
             stage.findings.extend(unreadable)
             stage.findings.extend(unmodelled(preset.flags))
             if facts is not None:
                 stage.findings.extend(compare(preset.arguments, facts))
                 stage.findings.extend(compare_checkpoint(preset.variables.get("HF_MODEL_CKPT"), facts))
-                stage.detail = f"compared with {facts.path.name}"
+                stage.detail = f"compared with {facts.label}"
             arguments, assumed = with_vocabulary(preset.arguments, facts)
             stage.findings.extend(assumed)
     if run.can("audit"):
@@ -207,7 +208,7 @@ def _read(run: _Run, file: PresetFile, layout: Layout, recipe: Recipe | None) ->
             else:
                 result = audit(full, facts.params if facts else None, layout, recipe)
                 stage.findings.extend(result.findings)
-                stage.detail = f"{result.counts.total:,} parameters, {result.counts.active:,} active"
+                stage.detail = result.detail
     return full
 
 
@@ -300,7 +301,7 @@ class _Model:
         from harness.standins.output import captured
 
         device = torch_device(self.case.device)
-        with captured() as log, installed(device) as stand_ins:
+        with captured() as log, installed(device, self.full) as stand_ins:
             self.stand_ins = stand_ins
             try:
                 self._config(device)
@@ -335,13 +336,14 @@ class _Model:
             self._build(device, self.plan.after)
 
     def _build(self, device: torch.device, small: Architecture) -> None:
-        from harness.build import build_model, compare_parameters, parameter_shapes
+        from harness.build import build_model, compare_parameters, parameter_shapes, refused
 
         model: Any = None
         with self.run.stage("build") as stage:
             expected = parameters(small)
             with stage.foreign():
                 model = build_model(small, self.case.layout, device)
+            stage.findings.extend(refused(small, self.case.layout, device))
             if stage.usable:
                 stage.findings.extend(compare_parameters(expected, parameter_shapes(model)))
                 stage.detail = f"{len(expected)} parameters as in the inventory"
@@ -353,7 +355,7 @@ class _Model:
     def _forward(self, device: torch.device, small: Architecture, model: Any) -> None:
         from harness import trace
 
-        length = min(trace.SEQUENCE_LENGTH, small.max_position_embeddings)
+        length = trace.sequence_length(small)
         tokens = trace.token_ids(small.padded_vocab_size, trace.BATCH_SIZE, length, device)
         with self.run.stage("forward") as stage:
             expected = activations(small, sequence_length=length, batch_size=trace.BATCH_SIZE)

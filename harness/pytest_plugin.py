@@ -24,10 +24,10 @@ from harness.devices import gpu_count, resolve_device, worker_count
 from harness.errors import UsageError
 from harness.layout import Layout
 from harness.messages import failure_text, stand_ins_text, warnings_text
-from harness.preset import preset_at
 from harness.recipes import Recipe
 from harness.report import from_json, stand_ins, to_json
-from harness.selection import DEFAULT_TIMEOUT, cases_of, layouts_named, recipes_named
+from harness.selection import DEFAULT_TIMEOUT, cases_of, layouts_named, not_checked_text, recipes_named
+from harness.tree import Kind, NotChecked, leads_back, preset_at, survey, what_it_is
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -141,9 +141,9 @@ def pytest_report_header(config: pytest.Config) -> str:
 def _places(config: pytest.Config) -> list[Path]:
     """Files and folders named on the command line. A preset folder without presets is a usage error."""
     here = config.invocation_params.dir
-    named = [Path(os.path.abspath(here / argument.partition("::")[0])) for argument in config.args]
+    named = _named(config)
     for place in named:
-        if place.is_dir() and _in_presets(place) and not any(place.rglob("*.sh")):
+        if place.is_dir() and _in_presets(place) and not survey(place).presets:
             raise pytest.UsageError(f"no preset (*.sh) below {place}")
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
         return []
@@ -151,17 +151,45 @@ def _places(config: pytest.Config) -> list[Path]:
     return [place for place in named if not here.is_relative_to(place)]
 
 
+def _named(config: pytest.Config) -> list[Path]:
+    """What pytest was asked to collect, the test paths of its configuration where nothing was said."""
+    here = config.invocation_params.dir
+    return [Path(os.path.abspath(here / argument.partition("::")[0])) for argument in config.args]
+
+
 def _in_presets(place: Path) -> bool:
     return "presets" in place.parts
 
 
 def is_preset(path: Path, places: Sequence[Path]) -> bool:
-    """A ``.sh`` file below a folder called ``presets``, or named itself, or a preset in a named folder."""
+    """A file that is named itself, or a preset below a folder called ``presets`` or below a named one."""
     if path.suffix != ".sh":
         return False
-    if _in_presets(path) or path in places:
+    if path in places:
         return True
-    return any(place in path.parents for place in places) and b"MODEL_ARGS" in path.read_bytes()
+    below = _in_presets(path) or any(place in path.parents for place in places)
+    return below and what_it_is(path)[0] is Kind.PRESET
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Links that lead back into the tree: their files are collected where they stand."""
+    if not collection_path.is_symlink() or not collection_path.is_dir():
+        return None
+    roots = [place for place in _named(config) if place in collection_path.parents]
+    return True if leads_back(collection_path, [Path(os.path.realpath(root)) for root in roots]) else None
+
+
+def _not_checked(config: pytest.Config) -> list[NotChecked]:
+    """Shell files that stand in a collected tree of presets and are none."""
+    wanted = config.stash[_WANTED].places
+    trees = [(place, survey(place)) for place in _named(config) if place.is_dir()]
+    return [
+        other
+        for place, tree in trees
+        if tree.presets
+        for other in tree.not_checked
+        if place in wanted or _in_presets(other.path)
+    ]
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> PresetTests | None:
@@ -290,3 +318,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         if text:
             terminalreporter.section(title)
             terminalreporter.write_line(text)
+    if others := not_checked_text(_not_checked(terminalreporter.config)):
+        terminalreporter.section("not checked")
+        terminalreporter.write_line(others.partition("\n")[2])

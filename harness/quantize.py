@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,15 +22,21 @@ from torch import nn
 from harness.build import by, short
 from harness.finding import Finding, Severity
 from harness.recipes import Format, Recipe
+from harness.rounding import check_off, check_output, products, relative_error
+from harness.routing import TokenCount, forward_along, forward_and_routes
 from harness.standins.output import captured, import_foreign
-from harness.trace import BATCH_SIZE, SEQUENCE_LENGTH, forward, token_ids
+from harness.trace import BATCH_SIZE, sequence_length, token_ids
 
 import_foreign()
 
 import modelopt.torch.quantization as mtq  # noqa: E402
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear  # noqa: E402
-from megatron.core.transformer.moe.experts import SequentialMLP  # noqa: E402
-from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer  # noqa: E402
+from megatron.core.transformer.moe import moe_layer  # noqa: E402
+from modelopt.torch.quantization.nn import (  # noqa: E402
+    QuantModuleRegistry,
+    SequentialQuantizer,
+    TensorQuantizer,
+)
 
 if TYPE_CHECKING:
     from harness.architecture import Architecture
@@ -37,24 +44,6 @@ if TYPE_CHECKING:
 # Calibration tokens that each expert sees on average. Routing by random weights is uneven: the least
 # used expert of ten models (8 and 32 experts, 2 to 6 layers) saw an eighth of its share or more.
 TOKENS_PER_EXPERT = 48
-
-# Largest relative error of the logits, for one layer; it grows with the square root of the layers.
-# Measured over three seeds of ten models (dense and MoE, gated and squared-ReLU, 1 to 8 layers, width
-# 256 to 768), in brackets, with a margin of a half: a wrong format or scale is off by a multiple.
-LARGEST_ERROR: Mapping[str, float] = {
-    "fp8": 0.1,  # 0.028 to 0.062
-    "int8_smoothquant": 0.04,  # 0.010 to 0.023
-    "int4_awq": 0.25,  # 0.086 to 0.162
-    "w4a8_awq_beta": 0.26,  # 0.090 to 0.170
-    "nvfp4": 0.27,  # 0.096 to 0.182
-}
-# An output that has nothing to do with the right one is off by about 1.4.
-_NO_LONGER_SIMILAR = 1.0
-
-# AWQ and SmoothQuant multiply weights by a scale and divide activations by it, which ModelOpt goes on
-# doing with its quantizers off. In exact arithmetic nothing changes; in bf16 each product is rounded
-# once more. Measured 0.0049 to 0.0072 for one layer.
-LARGEST_FOLDING_ERROR = 0.012
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,30 +79,32 @@ def quantize(
     """
     vocabulary, experts = architecture.padded_vocab_size, architecture.moe
     share = experts.num_experts / experts.moe_router_topk if experts else 0
-    length = min(SEQUENCE_LENGTH, architecture.max_position_embeddings)
+    length = sequence_length(architecture)
     batch = max(BATCH_SIZE, math.ceil(TOKENS_PER_EXPERT * share / length))
     calibration = token_ids(vocabulary, batch, length, device, seed)
     # Calibration has seen what is measured: a value beyond the calibrated range would be clipped,
     # and the error would say more about the draw of tokens than about the recipe.
     tokens = calibration[:BATCH_SIZE]
-    seen = _TokenCount(model)
+    seen = TokenCount(model)
     with captured() as log:
-        before = forward(model, tokens)
-        matrices = expected_matrices(model)
+        before, routes = forward_and_routes(model, tokens)
         own = getattr(mtq, recipe.config_name)
+        matrices = expected_matrices(model, own)
+        unknown = unknown_matrices(model)
         mtq.quantize(
             model, copy.deepcopy(dict(config or own)), lambda model: seen.forward(model, calibration)
         )
-        after = forward(model, tokens)
+        after = forward_along(model, tokens, routes)
         with quantizers_off(model):
-            off = forward(model, tokens)
+            off = forward_along(model, tokens, routes)
     findings = (
         *check_experts(seen.by_expert, calibration.numel()),
+        *check_unknown(unknown),
         *check_matrices(model, recipe, matrices),
         *check_amax(model),
         *check_scales(model, recipe, matrices),
-        *check_output(recipe, architecture.num_layers, before, after),
-        *check_off(recipe, architecture.num_layers, before, off),
+        *check_output(recipe, products(architecture), before, after),
+        *check_off(recipe, products(architecture), before, off),
     )
     return Quantization(
         recipe=recipe.name,
@@ -127,53 +118,60 @@ def quantize(
     )
 
 
-def expected_matrices(model: nn.Module) -> tuple[str, ...]:
-    """Module paths of every matrix in the decoder layers, experts included, in model order.
+def expected_matrices(model: nn.Module, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Module paths of every matrix in the decoder layers that ``config`` means, in model order.
 
-    Every recipe in the table quantizes these; router and output layer are not among them.
+    That is every linear of Megatron's (experts included) unless a pattern of the config turns it off;
+    the router and the output layer are not among them.
     """
     return tuple(
         name
-        for name, module in model.named_modules()
-        if name.startswith("decoder.layers.") and isinstance(module, ColumnParallelLinear | RowParallelLinear)
+        for name, module in _linears(model)
+        if _is_known(module) and _is_on(config, f"{name}.weight_quantizer")
     )
 
 
-class _TokenCount:
-    """Counts what each expert sees while calibration runs.
-
-    ModelOpt's amax does not show it: an expert without tokens gets the amax of its neighbours.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.by_expert = {name: 0 for name, _ in _experts(model)}
-
-    def forward(self, model: nn.Module, tokens: torch.Tensor) -> None:
-        # An algorithm may run this more than once; each pass has the same tokens.
-        counts = dict.fromkeys(self.by_expert, 0)
-        handles = [
-            expert.register_forward_pre_hook(_counting(counts, name)) for name, expert in _experts(model)
-        ]
-        try:
-            forward(model, tokens)
-        finally:
-            for handle in handles:
-                handle.remove()
-        self.by_expert = {name: max(counts[name], self.by_expert[name]) for name in counts}
+def unknown_matrices(model: nn.Module) -> tuple[str, ...]:
+    """Module paths of the linears in the decoder layers of which ModelOpt has no quantized form."""
+    return tuple(name for name, module in _linears(model) if not _is_known(module))
 
 
-def _experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    kinds: tuple[type[nn.Module], ...] = (*_megatrons(), nn.Linear)
     for name, module in model.named_modules():
-        if isinstance(module, SequentialMLP):
-            for index, expert in enumerate(module.local_experts):
-                yield f"{name}.local_experts.{index}", expert
+        if name.startswith("decoder.layers.") and isinstance(module, kinds):
+            yield name, module
 
 
-def _counting(counts: dict[str, int], name: str) -> Callable[[nn.Module, Any], None]:
-    def hook(module: nn.Module, args: Any) -> None:
-        counts[name] += args[0].shape[0]
+def _megatrons() -> tuple[type[nn.Module], ...]:
+    """Megatron's own linears; TELinear where Transformer Engine, or its stand-in, is there."""
+    te_linear = moe_layer.TELinear
+    return (ColumnParallelLinear, RowParallelLinear, *((te_linear,) if te_linear else ()))
 
-    return hook
+
+def _is_known(module: nn.Module) -> bool:
+    # Of Megatron's linears ModelOpt must know all; whether it knows torch's depends on their forward.
+    return isinstance(module, _megatrons()) or type(module) in QuantModuleRegistry
+
+
+def _is_on(config: Mapping[str, Any], quantizer: str) -> bool:
+    """Whether ModelOpt's ``config`` leaves a quantizer of a linear on: the last pattern that fits decides."""
+    on = False
+    for entry in config["quant_cfg"]:
+        if "parent_class" not in entry and fnmatchcase(quantizer, entry["quantizer_name"]):
+            on = entry.get("enable", True)
+    return on
+
+
+def check_unknown(matrices: Sequence[str]) -> tuple[Finding, ...]:
+    """One warning for all matrices that stay as they are because ModelOpt does not know their class."""
+    if not matrices:
+        return ()
+    message = (
+        f"{short(matrices[0])}  stays in bf16, one of {len(matrices)} such matrices: ModelOpt has no "
+        "quantized form of the plain Linear that Megatron makes them of, whatever the recipe says"
+    )
+    return (Finding("quantize", Severity.WARNING, message, module=matrices[0], actual=len(matrices)),)
 
 
 def _quantizers(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
@@ -194,18 +192,6 @@ def quantizers_off(model: nn.Module) -> Iterator[None]:
     finally:
         for quantizer in enabled:
             quantizer.enable()
-
-
-def relative_error(expected: torch.Tensor, actual: torch.Tensor) -> float | None:
-    """Median over tokens of |actual - expected| / |expected|, for logits [batch, sequence, vocabulary].
-
-    The median, because a router whose scores nearly tie may send a few tokens to another expert,
-    and then those tokens say nothing about rounding. None where the shapes differ.
-    """
-    if expected.shape != actual.shape:
-        return None
-    wanted, found = expected.float(), actual.float()
-    return float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median())
 
 
 def check_experts(by_expert: Mapping[str, int], tokens: int) -> tuple[Finding, ...]:
@@ -315,51 +301,6 @@ def _not_positive(module: str | None, what: str, values: torch.Tensor) -> Iterat
         first = float(wrong[0])
         message = f"{what} is {first:g}{count}, expected a finite positive number"
         yield _finding(module, message, "finite and positive", first)
-
-
-def check_output(
-    recipe: Recipe, num_layers: int, before: torch.Tensor, after: torch.Tensor
-) -> tuple[Finding, ...]:
-    """Findings where the quantized logits have another shape, are not finite, or are not about as far
-    from the unquantized ones as the recipe makes them: neither the same nor beyond its bound."""
-    if after.shape != before.shape:
-        expected, actual = tuple(before.shape), tuple(after.shape)
-        what = f"quantized logits are {by(actual)}, expected {by(expected)}"
-        return (_finding(None, what, expected, actual),)
-    wrong = int((~torch.isfinite(after)).sum())
-    if wrong:
-        what = f"{wrong} of {after.numel()} quantized logits are not finite"
-        return (_finding(None, what, 0, wrong),)
-    if torch.equal(before, after):
-        return (_finding(None, f"{recipe.name} changed no logit at all", "> 0", 0.0),)
-    bound = min(LARGEST_ERROR[recipe.name] * math.sqrt(num_layers), _NO_LONGER_SIMILAR)
-    return _beyond(f"{recipe.name} moves the logits by", before, after, bound)
-
-
-def check_off(
-    recipe: Recipe, num_layers: int, before: torch.Tensor, off: torch.Tensor
-) -> tuple[Finding, ...]:
-    """A finding where the model with its quantizers off is not what it was before.
-
-    Bit for bit, except where the recipe folded scales into the weights (see LARGEST_FOLDING_ERROR).
-    """
-    what = "with every quantizer off the logits differ by"
-    bound = LARGEST_FOLDING_ERROR * math.sqrt(num_layers) if recipe.folds_scales else 0.0
-    if torch.equal(before, off):
-        return ()
-    if not recipe.folds_scales:
-        changed = int((before != off).sum()) if before.shape == off.shape else before.numel()
-        message = f"with every quantizer off {changed} of {before.numel()} logits are not what they were"
-        return (_finding(None, message, 0, changed),)
-    return _beyond(what, before, off, bound)
-
-
-def _beyond(what: str, before: torch.Tensor, after: torch.Tensor, bound: float) -> tuple[Finding, ...]:
-    error = relative_error(before, after)
-    if error is not None and error <= bound:
-        return ()
-    amount = "nothing comparable" if error is None else f"{error:.2g} of their size"
-    return (_finding(None, f"{what} {amount}, expected at most {bound:.2g}", f"<= {bound:.2g}", error),)
 
 
 def _place(quantizer: str) -> tuple[str, str]:

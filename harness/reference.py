@@ -1,118 +1,37 @@
 """Reference: what the publisher says of a model, field by field against what the preset means.
 
-The publisher's figures come from a file beside the preset, ``<Model>.toml`` or a raw Hugging Face
-``<Model>.config.json``, in Hugging Face's own keys. What a family's modeling code fixes and no key
-says (biases, q/k norms) is in ``families.py``. An expected value is never guessed: a key that the
-publisher leaves out is reported as not checked.
+``facts.py`` finds the publisher's figures, ``families/`` says which arguments mean the same, and
+``effective.py`` which arguments the model depends on. An expected value is never guessed: a key that the
+publisher leaves out is reported as not checked, and what no flag of Megatron can say is reported too.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import MappingProxyType
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from harness.architecture import moe_layers
 from harness.arguments import Arguments, How
+from harness.effective import NO_EFFECT, effective
+from harness.facts import Facts, facts_beside
 from harness.families import (
     INERT_KEYS,
-    READ_KEYS,
     Expectation,
     Family,
+    Item,
+    LeftOut,
+    Limit,
     NotModelled,
+    Reads,
     Unknown,
     expectations,
-    find_family,
 )
 from harness.finding import Finding, Severity
 
 if TYPE_CHECKING:
     from harness.shell import Variable
 
-_EMPTY: Mapping[str, Any] = MappingProxyType({})
-_MAX_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Facts:
-    """The publisher's figures for one model.
-
-    ``config`` has Hugging Face's keys, ``params`` counts of parameters (``total``, ``active``), ``hf_id``
-    the model's name there.
-    """
-
-    path: Path
-    config: Mapping[str, Any]
-    params: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
-    hf_id: str | None = None
-
-    @property
-    def family(self) -> Family | None:
-        return find_family(self.config)
-
-
-def facts_beside(preset: Path) -> tuple[Facts | None, tuple[Finding, ...]]:
-    """The facts that stand beside a preset file; a finding where there are none or they cannot be read."""
-    stem = preset.name.removesuffix(".sh")
-    for name, read in ((f"{stem}.toml", _read_toml), (f"{stem}.config.json", _read_json)):
-        path = preset.with_name(name)
-        if path.is_file():
-            try:
-                if path.stat().st_size > _MAX_BYTES:
-                    raise ValueError(f"larger than {_MAX_BYTES} bytes")
-                return read(path), ()
-            except (OSError, ValueError, RecursionError) as error:
-                return None, (_finding(f"{name} cannot be read: {error}", Severity.ERROR),)
-    return None, (
-        _finding(
-            f"no {stem}.toml or {stem}.config.json beside the preset: no value in it could be compared with "
-            "what the publisher says, and the parameter counts could not be checked",
-            Severity.WARNING,
-        ),
-    )
-
-
-def _read_toml(path: Path) -> Facts:
-    data = tomllib.loads(path.read_bytes().decode())
-    tables = {}
-    for name in ("config", "derived", "architecture", "params"):
-        tables[name] = data.get(name, {})
-        if not isinstance(tables[name], dict):
-            raise ValueError(f"[{name}] is not a table")
-    if not tables["config"]:
-        raise ValueError("there is no [config] table")
-    config = {key: value for key, value in tables["config"].items() if key != "null_keys"}
-    null_keys = tables["config"].get("null_keys", [])
-    if not isinstance(null_keys, list) or not all(isinstance(key, str) for key in null_keys):
-        raise ValueError("null_keys is not a list of keys")
-    for key in null_keys:
-        config.setdefault(key, None)
-    # What follows from the exact parameter count fills in what the publisher leaves out; a head size that
-    # is left out, the family's own code derives.
-    for key in tables["derived"].keys() & READ_KEYS - {"head_dim"}:
-        config.setdefault(key, tables["derived"][key])
-    # Likewise what its modeling code fixes; one key decides both biases of attention.
-    bias = tables["architecture"].get("attention_qkv_bias")
-    if isinstance(bias, bool):
-        config.setdefault("attention_bias", bias)
-    return Facts(
-        path,
-        MappingProxyType(config),
-        MappingProxyType(tables["params"]),
-        data["hf_id"] if isinstance(data.get("hf_id"), str) else None,
-    )
-
-
-def _read_json(path: Path) -> Facts:
-    data = json.loads(path.read_bytes().decode())
-    if not isinstance(data, dict):
-        raise ValueError("it is not a JSON object")
-    return Facts(path, MappingProxyType(data))
+__all__ = ["Facts", "compare", "compare_checkpoint", "facts_beside"]
 
 
 def compare(arguments: Arguments, facts: Facts) -> tuple[Finding, ...]:
@@ -124,42 +43,58 @@ def _compare(arguments: Arguments, facts: Facts) -> Iterator[Finding]:
     family = facts.family
     if family is None:
         yield _finding(
-            f"{facts.path.name}: model_type {facts.config.get('model_type')!r} is a family that the harness "
+            f"{facts.label}: model_type {facts.config.get('model_type')!r} is a family that the harness "
             "does not know: nothing could be compared with the publisher's figures",
             Severity.ERROR,
         )
         return
+    config = Reads(facts.config)
     reported: set[tuple[str, int | None]] = set()
-    for item in expectations(family, facts.config):
-        if isinstance(item, Unknown):
-            yield _finding(
-                f"{facts.path.name} does not say {item.key}: {item.dest} could not be checked",
-                Severity.WARNING,
-            )
-            continue
-        if isinstance(item, NotModelled):
-            yield arguments.finding(
-                item.dest,
-                f"{item.key} {_say(item.value)} published, and the harness does not model it: nothing here "
-                "says whether the preset means the same",
-                stage="reference",
-                expected=item.value,
-                actual=arguments[item.dest],
-            )
-            continue
-        finding = _check(arguments, item)
+    for item in expectations(family, config):
+        finding = _judge(arguments, item, facts.label)
         if finding is None:
             continue
         # One wrong flag can decide several arguments; the reader wants it named once.
         place = (finding.flag or "", finding.line)
-        if place not in reported:
-            reported.add(place)
-            yield finding
+        if isinstance(item, Expectation) and place in reported:
+            continue
+        reported.add(place)
+        yield finding
     yield from _vocabulary(arguments, facts.config)
-    unread = sorted(facts.config.keys() - READ_KEYS - INERT_KEYS)
+    yield from _prediction(arguments)
+    yield from _unread(facts, family, config.keys_read)
+
+
+def _judge(arguments: Arguments, item: Item, label: str) -> Finding | None:
+    match item:
+        case Expectation():
+            return _check(arguments, item)
+        case Unknown(what, key):
+            return _finding(f"{label} does not say {key}: {what} could not be checked", Severity.WARNING)
+        case NotModelled(dest, key, value):
+            return arguments.finding(
+                dest,
+                f"{key} {_say(dest, value)} published, and the harness does not model it: nothing here says "
+                "whether the preset means the same",
+                stage="reference",
+                expected=value,
+                actual=arguments[dest],
+            )
+        case Limit(published, source, built, effect):
+            message = f"{published} published ({source}), which no flag can make: Megatron builds {built}, so"
+            return _finding(f"{message} {effect}", Severity.WARNING, expected=published, actual=built)
+        case LeftOut(what, source, dest):
+            if dest and arguments[dest]:
+                return None
+            message = f"the published {what} ({source}) is left out: the next token does not depend on it"
+            return _finding(message, Severity.WARNING)
+
+
+def _unread(facts: Facts, family: Family, keys_read: set[str]) -> Iterator[Finding]:
+    unread = sorted(facts.published - keys_read - INERT_KEYS - family.unused)
     if unread:
         yield _finding(
-            f"{facts.path.name} says things that the harness does not read: {', '.join(unread)}; nothing "
+            f"{facts.label} says things that the harness does not read: {', '.join(unread)}; nothing "
             "here says whether the preset means the same",
             Severity.WARNING,
         )
@@ -194,48 +129,34 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 def _check(arguments: Arguments, expectation: Expectation) -> Finding | None:
     dest, expected = expectation.dest, expectation.value
-    actual = _effective(arguments, expectation)
-    if _equal(actual, expected):
+    layers = len(expected) if isinstance(expected, tuple) else None
+    actual = effective(arguments, dest, layers)
+    if actual is NO_EFFECT or _equal(actual, expected):
         return None
+    if dest == "padded_vocab_size" and actual is None:
+        return None  # left to the tokenizer, see _vocabulary
+    severity, why = expectation.severity, expectation.why
+    if dest == "max_position_embeddings" and arguments["position_embedding_type"] == "learned_absolute":
+        severity, why = Severity.ERROR, "the preset has a learned table of them"
     origin = arguments.origin(dest)
-    shown = _shown(origin.flag, actual)
-    how = {
-        How.GIVEN: f"{shown}: {_say(expected)} published ({expectation.source})",
-        How.DEFAULT: f"{origin.flag} is not set and Megatron's default is {_say(actual)}: "
-        f"{_say(expected)} published ({expectation.source})",
-        How.DERIVED: f"{dest} is {_say(actual)} ({origin.because}): "
-        f"{_say(expected)} published ({expectation.source})",
-    }[origin.how]
-    message = f"{how}; {expectation.why}" if expectation.why else how
+    published = f"{_say(dest, expected)} published ({expectation.source})"
+    if dest == "hybrid_layer_pattern":
+        message = f"{origin.flag}: {_first_difference(actual, expected)} published ({expectation.source})"
+    else:
+        message = {
+            How.GIVEN: f"{_shown(origin.flag, dest, actual)}: {published}",
+            How.DEFAULT: f"{origin.flag} is not set and Megatron's default is {_say(dest, actual)}: "
+            f"{published}",
+            How.DERIVED: f"{dest} is {_say(dest, actual)} ({origin.because}): {published}",
+        }[origin.how]
     return arguments.finding(
         dest,
-        message,
+        f"{message}; {why}" if why else message,
         stage="reference",
-        severity=expectation.severity,
+        severity=severity,
         expected=expected,
         actual=actual,
     )
-
-
-def _effective(arguments: Arguments, expectation: Expectation) -> Any:
-    """The value to compare: patterns layer by layer, what has no effect as published."""
-    dest, value = expectation.dest, arguments[expectation.dest]
-    if dest.startswith("moe_") and not arguments["num_experts"]:
-        return expectation.value  # the missing experts are the finding
-    if dest == "padded_vocab_size" and value is None:
-        return expectation.value  # left to the tokenizer, see _vocabulary
-    if dest == "moe_layer_freq":
-        return _pattern(value, len(expectation.value))
-    if dest == "rotary_seq_len_interpolation_factor" and value == 1:
-        return None  # a factor of one interpolates nothing
-    return value
-
-
-def _pattern(frequency: int | Sequence[int], num_layers: int) -> tuple[int, ...] | None:
-    """Which of the published number of layers hold experts, so that a wrong number is named once."""
-    if isinstance(frequency, int):
-        return tuple(map(int, moe_layers(frequency, num_layers))) if frequency > 0 else None
-    return tuple(frequency)
 
 
 def _vocabulary(arguments: Arguments, config: Mapping[str, Any]) -> Iterator[Finding]:
@@ -278,35 +199,72 @@ def _token_ids(config: Mapping[str, Any]) -> Iterator[int]:
                 yield token
 
 
+def _prediction(arguments: Arguments) -> Iterator[Finding]:
+    """Layers of multi-token prediction that come with the pattern, where no flag of their own is judged."""
+    if arguments["mtp_num_layers"] and arguments.origin("mtp_num_layers").how is How.DERIVED:
+        yield arguments.finding(
+            "hybrid_layer_pattern",
+            "the layer pattern ends in multi-token prediction layers, and the harness does not model them: "
+            "nothing here says whether they are right",
+            stage="reference",
+            severity=Severity.WARNING,
+            actual=arguments["hybrid_layer_pattern"],
+        )
+
+
+# Words
+
+
 def _equal(actual: Any, expected: Any) -> bool:
     if isinstance(actual, bool) or isinstance(expected, bool):
         return actual is expected
     return bool(actual == expected)
 
 
-def _shown(flag: str, value: Any) -> str:
-    return flag if isinstance(value, bool) else f"{flag} {_say(value)}"
+def _shown(flag: str, dest: str, value: Any) -> str:
+    return flag if isinstance(value, bool) else f"{flag} {_say(dest, value)}"
 
 
-def _say(value: Any) -> str:
+def _say(dest: str, value: Any) -> str:
     """A value as a reader of presets would write it."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
-        return _runs(value)
-    return "none" if value is None else f"{value}"
+        return ",".join(map(str, value)) if dest == "window_size" else _runs(value)
+    return "none" if value is None or value == "" else f"{value}"
 
 
 def _runs(pattern: tuple[int, ...]) -> str:
-    """``(0, 1, 1, 1)`` -> ``[0]*1+[1]*3``, the way Megatron's patterns are written."""
+    """``(0, 1, 1, 1)`` -> ``[0]*1+[1]*3``, the way Megatron's patterns are written; twice it ``(...)*2``."""
+    length = len(pattern)
+    for period in range(2, length // 2 + 1):
+        if length % period == 0 and pattern == pattern[:period] * (length // period):
+            if len(set(pattern)) == 1:
+                break
+            return f"({_runs(pattern[:period])})*{length // period}"
     runs: list[tuple[int, int]] = []
     for entry in pattern:
         if runs and runs[-1][0] == entry:
             runs[-1] = (entry, runs[-1][1] + 1)
         else:
             runs.append((entry, 1))
-    return "+".join(f"[{entry}]*{length}" for entry, length in runs)
+    return "+".join(f"[{entry}]*{count}" for entry, count in runs)
 
 
-def _finding(message: str, severity: Severity) -> Finding:
-    return Finding("reference", severity, message)
+_SYMBOLS = {"M": "Mamba", "G": "a gated delta net", "*": "attention", "-": "an MLP", "E": "experts"}
+
+
+def _first_difference(actual: str, expected: str) -> str:
+    """``layer 7 is - (an MLP), * (attention)``: the first layer, counted from 0, that is another."""
+    for index, (here, there) in enumerate(zip(actual, expected, strict=False)):
+        if here != there:
+            return f"layer {index} is {_symbol(here)}, {_symbol(there)}"
+    return f"{len(actual)} layers, {len(expected)}"
+
+
+def _symbol(symbol: str) -> str:
+    return f"{symbol} ({_SYMBOLS.get(symbol, 'another kind')})"
+
+
+def _finding(message: str, severity: Severity, expected: Any = None, actual: Any = None) -> Finding:
+    return Finding("reference", severity, message, expected=expected, actual=actual)

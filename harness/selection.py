@@ -8,8 +8,9 @@ from pathlib import Path
 from harness.case import Case
 from harness.errors import UnknownLayout
 from harness.layout import Layout
-from harness.preset import PresetFile
+from harness.messages import shown_path
 from harness.recipes import DEFAULT_RECIPES, RECIPES, Recipe, find_recipe
+from harness.tree import NotChecked, PresetFile
 
 # Seconds that one case may take, the start of its worker not counted.
 DEFAULT_TIMEOUT = 300.0
@@ -66,3 +67,14 @@ def _tree_of(file: PresetFile, tree: Path | None) -> str | None:
     if file.path.absolute().is_relative_to(root):
         return str(tree) if tree else None
     return str(file.path.parent)
+
+
+def not_checked_text(others: Iterable[NotChecked]) -> str:
+    """The other files of a tree, each with the reason why it is not checked; empty where there is none."""
+    lines = [f"  {shown_path(other.path)}: {other.reason}" for other in others]
+    return "\n".join(["not checked", *lines]) if lines else ""
+
+
+def not_checked_json(others: Iterable[NotChecked]) -> list[dict[str, str]]:
+    """The same for a JSON document."""
+    return [{"path": str(other.path), "reason": other.reason} for other in others]

@@ -447,7 +447,10 @@ def _split_scalar(text: str) -> list[tuple[str, int]]:
 def _word_faults(variable: Variable) -> Iterator[Finding]:
     """Words that bash hands over as they are, and that nobody can have meant."""
     if variable.is_array:
-        message = f"an array: the scripts expand ${{{variable.name}}}, which is its first element alone"
+        message = (
+            f"an array: Megatron-LM's scripts expand ${{{variable.name}}}, which is its first element alone; "
+            f'write one quoted text, or use a script that expands "${{{variable.name}[@]}}"'
+        )
         yield Finding("parse", Severity.WARNING, message, line=variable.line, column=variable.column)
     for word in variable.words:
         for severity, pattern, message in _WORD_FAULTS[:1] if word.quoted else _WORD_FAULTS:

@@ -16,12 +16,32 @@ from torch import nn
 
 from harness.build import Shape, by, short
 from harness.finding import Finding, Severity
+from harness.layers import Attention
 
 if TYPE_CHECKING:
-    from harness.inventory import ModuleShapes
+    from harness.activations import ModuleShapes
+    from harness.architecture import Architecture
 
 # Two unequal numbers that are no model dimension, so that a transposed pair of axes shows.
 BATCH_SIZE, SEQUENCE_LENGTH = 3, 24
+# Scores grow with the square of the length: beyond this a window is not reached, and its layers differ
+# from full attention in no number. Windows of published models are 128 tokens, or thousands.
+_LONGEST_SEQUENCE = 512
+
+
+def sequence_length(architecture: Architecture) -> int:
+    """Tokens of a sequence: enough to reach past the smallest sliding window, where that is short."""
+    windows = [
+        layer.mixer.window[0]
+        for layer in architecture.layers
+        if isinstance(layer.mixer, Attention)
+        and layer.mixer.window is not None
+        and layer.mixer.window[0] >= 0
+    ]
+    # A query sees ``window[0]`` tokens before its own.
+    reach = min(windows) + 1 + SEQUENCE_LENGTH // 2 if windows else 0
+    length = max(SEQUENCE_LENGTH, reach) if reach <= _LONGEST_SEQUENCE else SEQUENCE_LENGTH
+    return min(length, architecture.max_position_embeddings)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from broken import FACTS, MOE, PRESETS, TEXTS, TREE, edit, line_of, write_copy
 
-from harness.architecture import architecture
+from harness.architecture import Architecture, architecture
 from harness.audit import audit
 from harness.finding import Finding, Severity
 from harness.inventory import counts
@@ -206,7 +206,8 @@ def test_a_misfit_does_not_fail_the_preset(tmp_path: Path) -> None:
     [
         ("Qwen2.5-0.5B-Instruct", "tp4", "--num-attention-heads", "14 / tp4 is not whole"),
         ("Qwen3-8B", "tp3", "--num-query-groups", "8 / tp3 is not whole"),
-        ("Qwen3-8B", "pp5", "--num-layers", "36 / pp5 is not whole"),
+        ("Qwen3-8B", "pp5", "--num-layers", "36 layers / 5 pipeline stages is not whole"),
+        ("Qwen3-8B", "pp3,first5", "--num-layers", "31 the other layers / 2 pipeline stages is not whole"),
         ("Qwen3-30B-A3B", "ep3", "--num-experts", "128 / ep3 is not whole"),
         ("Qwen3-30B-A3B", "etp5", "--moe-ffn-hidden-size", "768 / etp5 is not whole"),
     ],
@@ -226,8 +227,225 @@ def test_a_layout_that_fits_is_silent(layout: str) -> None:
 @pytest.mark.parametrize("file", discover(TREE), ids=lambda file: file.name)
 def test_every_preset_has_the_published_number_of_parameters(file: PresetFile) -> None:
     params = tomllib.loads(file.path.with_suffix(".toml").read_text())["params"]
+    full = of_preset(file)
+    result = audit(full, params, Layout(), None)
+    if not {"total", "text_total"} & set(params):
+        (finding,) = result.findings
+        assert finding.severity is Severity.WARNING
+        assert finding.message.startswith("no parameter count is published")
+        return
+    assert result.findings == ()
+    counted, buffers = counts(full), counts(full).buffers if full.moe and full.moe.expert_bias else 0
+    for key, count in (("total", counted.total), ("active", counted.active)):
+        published = params.get(f"text_{key}", params.get(key, count + buffers))
+        assert published == count + buffers
+    assert result.with_buffers == tuple(key for key in ("total", "active") if buffers and key in params)
+
+
+def of_preset(file: PresetFile) -> Architecture:
     arguments = load_preset(file).arguments
     assert arguments is not None
-    counted = counts(architecture(arguments))
-    assert counted.total == params["total"]
-    assert counted.active == params.get("active", counted.total)
+    return architecture(arguments)
+
+
+def named(name: str) -> PresetFile:
+    return find_presets([name], TREE)[0]
+
+
+# Counts with parts that a preset leaves out
+
+
+def test_expert_biases_in_a_published_count_are_named() -> None:
+    result = audit(of_preset(named("DeepSeek-R1")), {"total": 671_026_419_200}, Layout(), None)
+    assert result.findings == ()
+    assert result.with_buffers == ("total",)
+    assert result.detail == (
+        "671,026,404,352 parameters, 37,552,282,624 active; the published total includes 14,848 expert "
+        "biases (buffers)"
+    )
+
+
+def test_a_count_without_the_expert_biases_is_as_good() -> None:
+    result = audit(of_preset(named("DeepSeek-R1")), {"total": 671_026_404_352}, Layout(), None)
+    assert (result.findings, result.with_buffers) == ((), ())
+    assert "buffers" not in result.detail
+
+
+@pytest.mark.parametrize("off", [-1, 1, 14_847, 14_849])
+def test_a_count_off_by_anything_else_than_the_biases_is_an_error(off: int) -> None:
+    params = {"total": 671_026_404_352 + off}
+    (finding,) = audit(of_preset(named("DeepSeek-R1")), params, Layout(), None).findings
+    assert finding.is_error
+    assert finding.message.endswith(f"({-off:+,}), and 14,848 expert biases (buffers)")
+
+
+def test_a_preset_without_the_biases_that_are_published_is_an_error() -> None:
+    full = of_preset(named("DeepSeek-R1"))
+    full = architecture(full.arguments.replaced({"moe_router_enable_expert_bias": False}))
+    (finding,) = audit(full, {"total": 671_026_419_200}, Layout(), None).findings
+    assert "(-14,848)" in finding.message
+
+
+@pytest.mark.parametrize("key", ["total", "active"])
+def test_of_a_multimodal_model_the_text_part_counts(key: str) -> None:
+    full = of_preset(named("Llama-4-Scout-17B-16E-Instruct"))
+    counted = {"total": counts(full).total, "active": counts(full).active}
+    params = {"total": 1 + counted["total"], "active": 1 + counted["active"]} | {
+        f"text_{name}": count for name, count in counted.items()
+    }
+    assert audit(full, params, Layout(), None).findings == ()
+    (finding,) = audit(full, params | {f"text_{key}": 7}, Layout(), None).findings
+    assert finding.message.startswith(f"{key} parameters: 7 published")
+
+
+def test_prediction_layers_are_not_counted() -> None:
+    params = {"total": 120_668_707_840, "mtp": 2_942_325_248}
+    full = of_preset(named("NVIDIA-Nemotron-3-Super-120B-A12B-BF16"))
+    assert audit(full, params, Layout(), None).findings == ()
+
+
+# Latent attention, Mamba, delta nets and latent experts
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "layout", "flag", "message"),
+    [
+        pytest.param(
+            "DeepSeek-R1",
+            {"--q-lora-rank": "1544"},
+            "tp1",
+            "--q-lora-rank",
+            "linear_q_up_proj takes 1544 inputs, not a multiple of 128",
+            id="query-latent",
+        ),
+        pytest.param(
+            "DeepSeek-R1",
+            {"--kv-lora-rank": "520"},
+            "tp1",
+            "--kv-lora-rank",
+            "linear_kv_up_proj takes 520 inputs",
+            id="key-value-latent",
+        ),
+        pytest.param(
+            "DeepSeek-R1",
+            {"--v-head-dim": "99"},
+            "tp2",
+            "--v-head-dim",
+            "linear_proj takes 12672 / 2 = 6336 inputs",
+            id="value-heads",
+        ),
+        pytest.param(
+            "DeepSeek-V2-Lite",
+            {"--hidden-size": "2056"},
+            "tp1",
+            "--hidden-size",
+            "linear_q_proj takes 2056 inputs",
+            id="hidden-of-latent-attention",
+        ),
+        pytest.param(
+            "Nemotron-H-8B-Base-8K",
+            {"--mamba-head-dim": "65"},
+            "tp2",
+            "--mamba-head-dim",
+            "Mamba's out_proj takes 8320 / 2 = 4160 inputs",
+            id="mamba",
+        ),
+        pytest.param(
+            "Qwen3-Next-80B-A3B-Instruct",
+            {"--linear-value-head-dim": "130"},
+            "tp1",
+            "--linear-value-head-dim",
+            "the delta net's out_proj takes 4160 inputs",
+            id="delta-net",
+        ),
+        pytest.param(
+            "NVIDIA-Nemotron-3-Super-120B-A12B-BF16",
+            {"--moe-latent-size": "1000"},
+            "tp1",
+            "--moe-latent-size",
+            "an expert's linear_fc1 takes 1000 inputs",
+            id="expert-latent",
+        ),
+    ],
+)
+def test_a_block_that_does_not_fit_other_layers(
+    name: str, changes: dict[str, str], layout: str, flag: str, message: str, tmp_path: Path
+) -> None:
+    text = named(name).path.read_text()
+    for one, value in changes.items():
+        text = edit(text, one, value)
+    path = tmp_path / f"{name}.sh"
+    path.write_text(text)
+    findings = audit(of_preset(preset_at(path)), None, Layout.parse(layout), find_recipe("int4_awq")).findings
+    (finding,) = (found for found in findings if found.flag == flag and not found.is_error)
+    assert message in finding.message
+    assert (finding.severity, finding.line) == (Severity.WARNING, line_of(text, flag))
+
+
+@pytest.mark.parametrize(
+    ("symbols", "role"),
+    [("M", "in_proj"), ("*", "linear_qkv"), ("-", "linear_fc1")],
+)
+def test_hidden_size_is_what_the_first_matrix_takes(symbols: str, role: str) -> None:
+    full = of_preset(named("Nemotron-H-8B-Base-8K"))
+    changes = {"hybrid_layer_pattern": symbols, "num_layers": 1, "hidden_size": 4100}
+    full = architecture(full.arguments.replaced(changes))
+    found = audit(full, None, Layout(), find_recipe("nvfp4")).findings
+    assert [one.message.split(",")[0] for one in found if one.flag == "--hidden-size"] == [
+        f"{role} takes 4100 inputs"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "layout", "flag", "message"),
+    [
+        ("DeepSeek-R1", {}, "tp3,etp1", "--num-attention-heads", "128 / tp3 is not whole"),
+        ("Nemotron-H-8B-Base-8K", {}, "tp16", "--mamba-num-groups", "8 / tp16 is not whole"),
+        ("Nemotron-H-8B-Base-8K", {"mamba_num_heads": 104}, "tp16", "--mamba-num-heads", "104 / tp16"),
+        ("Nemotron-H-8B-Base-8K", {}, "pp3", "--hybrid-layer-pattern", "52 layers / 3 pipeline stages"),
+        (
+            "Nemotron-H-8B-Base-8K",
+            {"hybrid_layer_pattern": "M-|M*", "num_layers": 4},
+            "pp4",
+            "--hybrid-layer-pattern",
+            "the pattern has 2 stages, the layout pp4",
+        ),
+        ("Qwen3-Next-80B-A3B-Instruct", {}, "tp32,etp1", "--linear-num-key-heads", "16 / tp32"),
+        ("Qwen3-Next-80B-A3B-Instruct", {}, "tp64,etp1", "--linear-num-value-heads", "32 / tp64"),
+        ("Qwen3-Next-80B-A3B-Instruct", {}, "tp2,cp16", "--linear-num-key-heads", "16 / tp x cp = 32"),
+    ],
+)
+def test_what_a_layout_does_not_divide_of_other_layers(
+    name: str, changes: dict[str, object], layout: str, flag: str, message: str
+) -> None:
+    full = of_preset(named(name))
+    full = architecture(full.arguments.replaced(changes))
+    found = audit(full, None, Layout.parse(layout), None).findings
+    assert any(one.flag == flag and one.is_error and one.message.startswith(message) for one in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "refused"),
+    [
+        ("Qwen3-30B-A3B", "tp2,ep2", True),
+        ("Qwen3-30B-A3B", "tp2,ep2,etp1", True),
+        ("Qwen3-30B-A3B", "tp2", False),
+        ("Qwen3-30B-A3B", "ep2", False),
+        ("Qwen3-8B", "tp2,ep2", False),
+    ],
+)
+def test_tensor_and_expert_parallelism_at_once_are_refused(name: str, layout: str, refused: bool) -> None:
+    found = audit(of_preset(named(name)), None, Layout.parse(layout), None).findings
+    assert [one.message for one in found if "QuantSequentialMLP" in one.message and one.is_error] == (
+        [
+            f"layout {Layout.parse(layout)} has ep2 beside tp2: ModelOpt refuses both at once for experts "
+            "one by one (TP+EP is not supported by QuantSequentialMLP); take tp1 or ep1"
+        ]
+        if refused
+        else []
+    )
+
+
+@pytest.mark.parametrize("layout", ["tp8", "pp61", "ep8"])
+def test_deepseek_r1_fits_common_layouts(layout: str) -> None:
+    assert audit(of_preset(named("DeepSeek-R1")), None, Layout.parse(layout), None).findings == ()

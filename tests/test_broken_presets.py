@@ -53,6 +53,8 @@ def numbers(name: str) -> Iterator[Break]:
     for flag in NUMBERS:
         if value_of(TEXTS[name], flag) is None:
             continue
+        if flag == "--ffn-hidden-size" and name in MOE:
+            continue  # no layer is dense, so that a difference is only a warning
         true = true_value(name, flag)
         if flag == "--norm-epsilon":
             values = {"tenfold": 1e-5, "tenth": 1e-7, "doubled": 2e-6, "twelve": 1e-12}
@@ -116,7 +118,10 @@ def switches(name: str) -> Iterator[Break]:
     yield Break("rotary-percent-half", "--rotary-percent", "0.5", 1.0, 0.5)
     yield Break("rotary-interpolated", "--rotary-seq-len-interpolation-factor", "4", None, 4)
     derived = int(config["hidden_size"] * 8 / 3 / 64) * 64
-    yield Break("ffn-hidden-size-removed", "--ffn-hidden-size", None, config["intermediate_size"], derived)
+    if not moe:
+        yield Break(
+            "ffn-hidden-size-removed", "--ffn-hidden-size", None, config["intermediate_size"], derived
+        )
     head = config["hidden_size"] // config["num_attention_heads"]
     if true_value(name, "--kv-channels") != head:
         yield Break("kv-channels-removed", "--kv-channels", None, config["head_dim"], head)
@@ -136,7 +141,7 @@ def switches(name: str) -> Iterator[Break]:
     yield Break("moe-none", frequency, f"([0]*{layers})", every, (0,) * layers)
     for kind in ("sigmoid", "sqrtsoftplus"):
         yield Break(f"moe-router-{kind}", "--moe-router-score-function", kind, "softmax", kind)
-    for flag in ("--moe-router-pre-softmax", "--moe-router-enable-expert-bias", "--moe-shared-expert-gate"):
+    for flag in ("--moe-router-pre-softmax", "--moe-router-enable-expert-bias"):
         yield Break(f"{flag[2:]}-added", flag, "", False, True)
     yield Break("moe-shared-expert-added", "--moe-shared-expert-intermediate-size", str(ffn), None, ffn)
     yield Break("moe-router-scaled", "--moe-router-topk-scaling-factor", "2.5", None, 2.5)

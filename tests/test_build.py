@@ -2,29 +2,31 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import small_models
 import torch
+from small_models import model_of
 
-from harness.architecture import Architecture, architecture
-from harness.arguments import resolve
 from harness.build import (
     OVERRIDES,
     build_model,
     compare_parameters,
     parameter_shapes,
+    refused,
     transformer_config,
 )
 from harness.errors import UnsupportedModel
 from harness.finding import Severity
-from harness.flags import parse_flags
 from harness.inventory import parameters
 from harness.layout import Layout
-from harness.shell import Word
+from harness.preset import PresetFile, discover, load_preset
 from harness.standins import installed
 from harness.standins.output import captured
 from harness.world import open_world
@@ -43,6 +45,7 @@ LAYERNORM = (
     "--hidden-size 128 --num-attention-heads 8 --padded-vocab-size 320 "
 )
 MODELS = {
+    **small_models.MODELS,
     "Qwen3": QWEN3,
     "Qwen2.5": QWEN + "--add-qkv-bias --ffn-hidden-size 384",
     "Qwen3-MoE": QWEN3 + "--num-experts 8 --moe-ffn-hidden-size 96 --moe-router-topk 2 "
@@ -68,13 +71,6 @@ QWEN3_8B = (
 )
 
 
-def model_of(flags: str) -> Architecture:
-    parsed, wrong = parse_flags([Word(word, 1, 1, False) for word in flags.split()])
-    arguments, refused = resolve(parsed)
-    assert not [finding for finding in (*wrong, *refused) if finding.is_error]
-    return architecture(arguments)
-
-
 def arguments_of(flags: str) -> dict[str, Any]:
     return dict(model_of(flags).arguments.values)
 
@@ -93,13 +89,21 @@ def build(flags: str, seed: int = 1234) -> Any:
 # The config
 
 
+def modelopt_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The flags of Megatron-LM's post-training scripts, of which megatron-core has no parser."""
+    for flag in ("--export-qk-l2-norm", "--export-moe-apply-probs-on-input"):
+        parser.add_argument(flag, action="store_true")
+    parser.add_argument("--export-model-type", default="GPTModel")
+    return parser
+
+
 def megatrons_own(flags: str, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
     """What Megatron's parser and validation make of ``flags``, and the ModelOpt flags' defaults."""
     from megatron.training.arguments import parse_args, validate_args
 
     monkeypatch.setattr(sys, "argv", ["quantize.py", *flags.split(), "--tokenizer-model", "x"])
     with captured():
-        arguments = parse_args()
+        arguments = parse_args(extra_args_provider=modelopt_arguments)
         validate_args(arguments, {"no_load_rng": True, "no_load_optim": True})
     assert isinstance(arguments, argparse.Namespace)
     return arguments
@@ -118,6 +122,12 @@ def test_config_is_megatrons_own(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         if override.applies(CPU):
             setattr(namespace, override.dest, override.value(Layout()))
     expected = core_transformer_config_from_args(namespace)
+    # As model_builder.py sets them on the config.
+    expected.qk_l2_norm = namespace.export_qk_l2_norm
+    expected.moe_apply_probs_on_input = namespace.export_moe_apply_probs_on_input
+    if namespace.mamba_num_heads is None and namespace.export_model_type == "HybridModel":
+        # As MambaMixer takes them where none are given.
+        expected.mamba_num_heads = 2 * namespace.hidden_size // namespace.mamba_head_dim
     actual = transformer_config(arguments_of(flags), Layout(), CPU)
     assert type(actual) is type(expected)
     assert fields(actual) == fields(expected)
@@ -168,14 +178,31 @@ def test_enumerations_may_be_given_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dest", "value"),
-    [("multi_latent_attention", True), ("export_model_type", "HybridModel"), ("mtp_num_layers", 1)],
+    ("dest", "value", "why"),
+    [
+        ("mtp_num_layers", 1, "prediction heads are of Transformer Engine's layer specs, not of ModelOpt's"),
+        ("heterogeneous_layers_config_path", "x", "its layers stand in another file, which is not read"),
+        ("export_offline_model", True, "it builds the model without its layers"),
+        ("export_default_te_spec", True, "it is pruning's; quantize.py builds from ModelOpt's layer specs"),
+        ("spec", ("a", "b"), "Megatron-LM's ModelOpt builder refuses layer specs of one's own"),
+    ],
 )
-def test_kinds_of_model_that_cannot_be_built_yet(dest: str, value: object) -> None:
-    with pytest.raises(
-        UnsupportedModel, match=f"{dest} {value!r} makes a model that the harness cannot build yet"
-    ):
+def test_kinds_of_model_that_cannot_be_built(dest: str, value: object, why: str) -> None:
+    with pytest.raises(UnsupportedModel) as raised:
         transformer_config({**arguments_of(MODELS["Qwen3"]), dest: value}, Layout(), CPU)
+    assert str(raised.value) == f"{dest} {value!r} makes a model that the harness cannot build: {why}"
+    assert raised.value.dest == dest
+
+
+PRESETS = discover(Path(__file__).parent.parent / "presets")
+
+
+@pytest.mark.parametrize("file", PRESETS, ids=lambda file: file.name)
+def test_every_preset_is_accepted_at_full_size(file: PresetFile) -> None:
+    arguments = load_preset(file).arguments
+    assert arguments is not None
+    config = transformer_config(arguments.values, Layout(), CPU)
+    assert config.num_layers == arguments["num_layers"]
 
 
 # The model
@@ -192,7 +219,7 @@ def test_model_is_made_of_modelopts_layer_specs() -> None:
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     layer = "decoder.layers.0."
     assert kinds[layer + "self_attention.linear_qkv"] == "ColumnParallelLinear"
-    assert kinds[layer + "self_attention.core_attention"] == "DotProductAttention"
+    assert kinds[layer + "self_attention.core_attention"] == "CoreAttention"
     assert kinds[layer + "self_attention.q_layernorm"] == "RMSNorm"
     assert kinds[layer + "mlp.experts"] == "SequentialMLP"
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -210,31 +237,60 @@ def test_tied_embeddings_are_one_parameter() -> None:
     assert "embedding.word_embeddings.weight" in names and "output_layer.weight" not in names
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_parameter_is_filled_so_that_it_shows(name: str) -> None:
-    model = build(MODELS[name])
-    centred = model.config.layernorm_zero_centered_gamma
-    for path, parameter in model.named_parameters():
-        values = parameter.detach().float()
-        assert torch.isfinite(values).all(), path
-        assert values.std() > 0, path
-        if path.endswith("norm.weight"):
-            assert abs(float(values.mean()) - (0 if centred else 1)) < 0.1, path
-        elif path.startswith("embedding."):
-            assert 0.9 < values.std() < 1.1, path
-        elif parameter.ndim == 2:
-            assert 0.8 < values.std() * parameter.shape[-1] ** 0.5 < 1.2, path
+def test_hybrids_are_made_of_modelopts_layer_specs() -> None:
+    model = build(MODELS["gated delta net"])
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    assert kinds["decoder"] == "HybridStack"
+    assert kinds["decoder.layers.0.self_attention"] == "GatedDeltaNet"
+    assert kinds["decoder.layers.0.self_attention.in_proj"] == "ColumnParallelLinear"
+    assert kinds["decoder.layers.1.mlp.experts"] == "SequentialMLP"
+    assert kinds["decoder.layers.2.self_attention.q_layernorm"] == "RMSNorm"
+    assert kinds["decoder.final_norm"] == "RMSNorm"
 
 
-def test_weights_depend_on_the_seed_alone() -> None:
-    torch.manual_seed(1)
-    one = build(MODELS["Qwen3"], seed=7).state_dict()
-    torch.manual_seed(2)
-    same, other = (build(MODELS["Qwen3"], seed).state_dict() for seed in (7, 8))
-    weights = [name for name, value in one.items() if isinstance(value, torch.Tensor)]
-    assert all(torch.equal(one[name], same[name]) for name in weights)
-    assert not any(torch.equal(one[name], other[name]) for name in weights)
-    assert not torch.equal(*(one[f"decoder.layers.{i}.mlp.linear_fc1.weight"] for i in (0, 1)))
+def test_latent_attention_is_built_as_published() -> None:
+    model = build(MODELS["latent attention"])
+    layer = model.decoder.layers[0].self_attention
+    assert type(layer).__name__ == "MLASelfAttention"
+    assert layer.softmax_scale == pytest.approx((0.1 * 0.7 * math.log(40) + 1) ** 2 / 48**0.5)
+    assert layer.core_attention.softmax_scale == layer.softmax_scale
+    assert type(layer.linear_q_down_proj).__name__ == "Linear"
+
+
+def test_pipeline_stages_of_a_pattern_make_way_for_the_layouts() -> None:
+    flags = MODELS["Mamba and MLP"]
+    staged = flags.replace("M-M*-", "M-|M*-")
+    assert staged != flags
+    assert parameter_shapes(build(staged)) == parameter_shapes(build(flags))
+
+
+# What Megatron refuses
+
+
+def test_latent_attention_without_query_latent_is_refused_and_built_all_the_same() -> None:
+    with captured():
+        (finding,) = refused(model_of(MODELS["latent attention without query latent"]), Layout(), CPU)
+    assert (finding.stage, finding.severity, finding.flag) == ("build", Severity.WARNING, "--q-lora-rank")
+    assert finding.message.startswith(
+        "Megatron refuses latent attention without --q-lora-rank from ModelOpt's layer specs"
+    )
+    assert "is non-trivial, but `q_lora_rank is None`, meaning it will not be used." in finding.message
+    assert finding.message.endswith("The harness builds it without that norm, as published")
+
+
+@pytest.mark.parametrize("name", ["latent attention", "Qwen3", "Mamba and MLP"])
+def test_what_megatron_takes_is_no_finding(name: str) -> None:
+    assert refused(model_of(MODELS[name]), Layout(), CPU) == ()
+
+
+def test_latent_attention_without_norms_is_still_refused() -> None:
+    flags = MODELS["latent attention without query latent"].replace("--qk-layernorm ", "")
+    arguments = {**arguments_of(MODELS["latent attention without query latent"]), "qk_layernorm": False}
+    assert "--qk-layernorm" not in flags
+    full = model_of(MODELS["latent attention without query latent"])
+    without = dataclasses.replace(full, arguments=full.arguments.replaced(arguments))
+    with captured(), pytest.raises(ValueError, match="q_lora_rank is None"):
+        build_model(without, Layout(), CPU)
 
 
 # The comparison

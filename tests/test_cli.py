@@ -131,7 +131,7 @@ def test_show_puts_full_beside_shrunken(invoke: Invoke) -> None:
     lines = [line.split() for line in done.out.splitlines()]
     assert ["parameters", "30,532,122,624"] in [line[:2] for line in lines]
     assert ["--num-experts", "128"] in [line[:2] for line in lines]
-    names = [line[0] for line in lines if line and line[-1] == "yes"]
+    names = [line[0] for line in lines if line[1:2] == ["yes"]]
     assert names == [f"S{number}" for number in range(1, 13)]
 
 
@@ -166,6 +166,95 @@ def test_lint_writes_the_same_document_as_check(invoke: Invoke, tree: Path, tmp_
     reports = read_report(tmp_path / "lint.json")
     assert [report.case.preset for report in reports] == ["Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B"]
     assert [report.outcome for report in reports] == [Outcome.PASSED, Outcome.FAILED]
+
+
+# ---- a tree as Megatron-LM's conf/ ----
+
+OVERLAY = "HF_MODEL_CKPT=/workspace/scratch/Qwen/Qwen3-0.6B\nTP=8\nMLM_EXTRA_ARGS=' --init-method-std 0.01'\n"
+
+
+@pytest.fixture
+def conf(tree: Path) -> Path:
+    """The tree with a script, an overlay, links, and older ways to write a preset."""
+    shutil.copy(ROOT / "presets" / "Qwen" / "Qwen3-8B.sh", tree / "Qwen" / "Qwen3-8B.sh")
+    (tree / "arguments.sh").write_text("#!/bin/bash\nset -e\nsource ${SANDBOX_ENV_SETUP}\n")
+    (tree / "Qwen" / "qwen3_0.6b.sh").write_text(OVERLAY)
+    (tree / "Qwen" / "Qwen3-8B-Base.sh").symlink_to("Qwen3-8B.sh")
+    (tree / "qwen").symlink_to("Qwen")
+    old = tree / "older" / "Array.sh"
+    old.parent.mkdir()
+    text = (tree / "Qwen" / "Qwen3-8B.sh").read_text()
+    text = text.replace('MODEL_ARGS=" \\', "MODEL_ARGS=( \\").replace('\n"\n', "\n    --is-hybrid-model )\n")
+    old.write_text(text + "MLM_EXTRA_ARGS=' --exit-duration-in-mins 230 --tensor-model-parallel-size 8'\n")
+    return tree
+
+
+NOT_CHECKED = {
+    "arguments.sh": "a script: it sets no MODEL_ARGS, and in line 3 the command `source` is refused",
+    "Qwen/qwen3_0.6b.sh": "an overlay: it sets HF_MODEL_CKPT, MLM_EXTRA_ARGS, TP and no MODEL_ARGS",
+    "qwen": "a link to the folder Qwen, whose files are read there",
+}
+
+
+@pytest.mark.parametrize("command", ["list", "lint", "audit", "check"])
+def test_every_file_of_a_tree_is_checked_or_listed(
+    command: str, invoke: Invoke, conf: Path, faked: list[Case]
+) -> None:
+    done = invoke(command, "--presets", conf, "--json", "-")
+    document = json.loads(done.out)
+    listed = {str(Path(one["path"]).relative_to(conf)): one["reason"] for one in document["not_checked"]}
+    assert set(listed) == set(NOT_CHECKED)
+    for path, reason in NOT_CHECKED.items():
+        assert listed[path].startswith(reason)
+        assert f"{conf / path}: {reason}" in done.err
+    checked = {entry["preset"] for entry in document.get("results", document.get("presets"))}
+    assert checked == {
+        "Qwen/Qwen3-0.6B",
+        "Qwen/Qwen3-8B",
+        "Qwen/Qwen3-8B-Base",
+        "older/Array",
+    }
+
+
+def test_older_ways_to_write_a_preset_are_warnings(invoke: Invoke, conf: Path) -> None:
+    done = invoke("lint", conf / "older" / "Array.sh")
+    for words in (
+        "warning: an array: Megatron-LM's scripts expand ${MODEL_ARGS}",
+        "warning: --is-hybrid-model is deprecated: write --hybrid-layer-pattern",
+        "warning: --exit-duration-in-mins belongs to a run and not to a model",
+        "warning: --tensor-model-parallel-size is baked into a model preset",
+    ):
+        assert words in done.out
+    assert (done.code, ": error:" in done.out) == (0, False)
+
+
+@pytest.mark.parametrize("name", ["qwen3_0.6b", "Qwen/qwen3_0.6b.sh"])
+def test_an_overlay_is_applied_where_it_is_named(invoke: Invoke, conf: Path, name: str) -> None:
+    done = invoke("lint", name, "--presets", conf)
+    assert done.code == 0
+    assert "an overlay: read with" in done.out
+    assert "TP: the overlay asks for tp8" in done.out
+    assert "not checked" not in done.out
+
+
+def test_a_broken_link_fails_and_nothing_is_a_traceback(invoke: Invoke, conf: Path) -> None:
+    (conf / "Qwen" / "Gone.sh").symlink_to("nowhere.sh")
+    (conf / "Qwen" / "Loop.sh").symlink_to("Loop.sh")
+    (conf / "Qwen" / "up").symlink_to("..")
+    done = invoke("lint", "--presets", conf)
+    assert done.code == 1
+    assert "Gone.sh is a link to nowhere.sh, which leads to no file" in done.out
+    assert "Loop.sh is a link to Loop.sh, which leads to no file" in done.out
+    assert "up: a link to the folder .., whose files are read there" in done.out
+    assert "Traceback" not in done.out + done.err
+
+
+def test_a_tree_of_overlays_alone_is_no_tree(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "over.sh").write_text("TP=8\n")
+    done = invoke("lint", "--presets", tmp_path)
+    assert done.code == 2
+    assert f"no preset (*.sh) below {tmp_path}" in done.err
+    assert "over.sh: an overlay: it sets TP and no MODEL_ARGS" in done.err
 
 
 def test_audit_counts_what_each_recipe_pads(invoke: Invoke, tree: Path) -> None:

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from harness.arguments import Arguments, resolve
 from harness.finding import Finding, Severity
 from harness.flags import Flag, FlagSpec, Role, defaults, flag_table, parse_flags
+from harness.modelled import INERT, MODELLED, unmodelled
 from harness.shell import Word
 
 SPECS = tuple({spec.name: spec for spec in flag_table().values()}.values())
@@ -699,3 +701,116 @@ def test_no_words_are_too_odd(texts: Sequence[str]) -> None:
     _, findings = parse_flags([Word(text, 1, 1, False) for text in texts])
     assert len(findings) <= len(texts)
     assert bool(findings) is bool(texts)
+
+
+# No flag of Megatron's is passed over
+
+
+COMMON = """--hidden-size 512 --num-attention-heads 8 --max-position-embeddings 2048 --seq-length 1024
+    --micro-batch-size 1 --padded-vocab-size 1024 --disable-bias-linear --bf16
+    --ffn-hidden-size 1024"""
+EXPERTS = """--num-experts 8 --moe-ffn-hidden-size 256 --moe-router-topk 2 --moe-router-num-groups 4
+    --moe-router-group-topk 2 --moe-shared-expert-intermediate-size 256"""
+
+# Models that together use every kind of layer; each must see every flag, or say that it does not.
+MODELS = {
+    "dense": f"""{COMMON} --swiglu --num-layers 4 --group-query-attention --num-query-groups 2
+        --position-embedding-type rope --window-size 127,0""",
+    "experts": f"""{COMMON} {EXPERTS} --swiglu --num-layers 4 --position-embedding-type yarn
+        --rotary-scaling-factor 8""",
+    "latent": f"""{COMMON} {EXPERTS} --swiglu --num-layers 4 --position-embedding-type rope
+        --multi-latent-attention""",
+    "hybrid": f"""{COMMON} {EXPERTS} --squared-relu --export-model-type HybridModel
+        --hybrid-layer-pattern MG*-E --position-embedding-type none --group-query-attention
+        --num-query-groups 2""",
+    "table": f"{COMMON} --num-layers 4",
+}
+
+
+def without(flags: Sequence[Flag], dest: str) -> list[Flag]:
+    return [flag for flag in flags if flag.dest != dest]
+
+
+def another_value(spec: FlagSpec, default: object) -> tuple[str, ...]:
+    """Words that make ``spec`` store something other than ``default``, and nothing that is known harmless."""
+    if spec.values == "0":
+        return ()
+    if spec.choices:
+        harmless = {default, spec.default, *INERT.get(spec.dest, ())}
+        word = next(choice for choice in spec.choices if spec.read(choice) not in harmless)
+    elif spec.type == "float":
+        word = str(default / 2 if isinstance(default, int | float) and default else 0.25)
+    elif spec.type == "int":
+        word = str(default * 2 if isinstance(default, int) and default else 4)
+    else:
+        word = {"comma-separated ints": "63,0", "int or list expression": "2"}.get(spec.type, "other")
+    return (word,) * (int(spec.values) if spec.values.isdigit() else 1)
+
+
+def read(flags: Sequence[Flag]) -> tuple[Arguments, list[Finding]]:
+    arguments, wrong = resolve(flags)
+    return arguments, [*wrong, *unmodelled(flags)]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_models_that_every_flag_is_tried_on_are_right(model: str) -> None:
+    flags, wrong = parse(MODELS[model])
+    assert not [*wrong, *read(flags)[1]]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_no_flag_is_passed_over(spec: FlagSpec) -> None:
+    """Harmless with a reason, or it changes what the harness works with, or a finding names it."""
+    for model, text in MODELS.items():
+        base = without(parse(text)[0], spec.dest)
+        before, _ = read(base)
+        spelled = [spec.name, *(alias for alias in spec.aliases if spec.values == "0")]
+        for name in spelled:
+            given, wrong = parse(" ".join((name, *another_value(spec, before.values[spec.dest]))))
+            if given and given[0].value in (spec.default, before[spec.dest]):
+                continue  # the spelling that says what is so anyway
+            after, findings = read([*base, *given])
+            named = any(spec.name == finding.flag or name == finding.flag for finding in [*wrong, *findings])
+            seen = any(after[dest] != before[dest] for dest in MODELLED)
+            harmless = spec.role in (Role.RUNTIME, Role.LAYOUT) and spec.reason
+            assert harmless or named or seen, f"{name} in {model}"
+            assert spec.role is not Role.MODEL or named or spec.dest in MODELLED, f"{name} in {model}"
+
+
+# What one flag alone cannot make right: the flags that it needs beside it.
+BESIDE = {
+    "activation_func_clamp_value": "--no-bias-swiglu-fusion",
+    "glu_linear_offset": "--no-bias-swiglu-fusion",
+    "export_moe_apply_probs_on_input": "--moe-router-topk 1 --moe-router-score-function sigmoid",
+    "moe_router_enable_expert_bias": "--moe-router-score-function sigmoid",
+    "moe_router_group_topk": "--moe-router-topk 4",
+    "rope_type": "--no-rope-fusion",
+}
+# Values of modelled flags that the harness models, where the first of the choices is none of them.
+VALUES = {"softmax_type": ("learnable",), "mamba_head_dim": ("32",)}
+NEVER_WELCOME = {
+    "encoder_num_layers": "Megatron refuses it beside --num-layers",
+    "encoder_seq_length": "Megatron refuses it beside --seq-length",
+    "rope_scaling_factor": "the ModelOpt builder does not pass it on",
+    "rotary_seq_len_interpolation_factor": "the ModelOpt builder does not pass it on",
+}
+
+
+@pytest.mark.parametrize("dest", sorted(MODELLED - NEVER_WELCOME.keys()))
+def test_every_modelled_flag_is_of_use_to_some_model(dest: str) -> None:
+    """Without a complaint: the harness does not refuse what it claims to model."""
+    spec = next(spec for spec in SPECS if spec.dest == dest and spec.role is Role.MODEL)
+    welcome = []
+    for text in MODELS.values():
+        base = without(parse(text)[0], dest)
+        words = VALUES.get(dest, another_value(spec, read(base)[0].values[dest]))
+        given, _ = parse(" ".join((spec.name, *words, BESIDE.get(dest, ""))))
+        _, findings = read([*base, *given])
+        welcome.append(not any(finding.flag == spec.name for finding in findings))
+    assert any(welcome)
+
+
+def test_the_values_that_change_nothing_are_few() -> None:
+    """Of flags that otherwise change the model; none of them is modelled."""
+    assert set(INERT) == {"transformer_impl", "moe_router_load_balancing_type"}
+    assert not MODELLED & set(INERT)

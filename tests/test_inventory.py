@@ -1,22 +1,27 @@
-"""The inventory against megatron-core itself: full-size models on the meta device, and odd small ones."""
+"""The inventory against megatron-core itself: layers of full size on the meta device, odd small models."""
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+from small_models import MODELS, model_of
 
-from harness.architecture import Architecture, architecture
+from harness.activations import activations
+from harness.architecture import Architecture, architecture, layer_symbols
 from harness.arguments import resolve
 from harness.build import build_model, compare_parameters, parameter_shapes
-from harness.inventory import activations, counts, parameters
+from harness.inventory import Counts, buffers, counts, parameters
+from harness.layers import Attention, MoE
 from harness.layout import Layout
 from harness.preset import PresetFile, discover, load_preset
 from harness.standins import installed
 from harness.standins.output import captured
 from harness.world import open_world
 
+Shape = tuple[int, ...]
 PRESETS = discover(Path(__file__).parent.parent / "presets")
 CPU = torch.device("cpu")
 
@@ -44,9 +49,34 @@ def small(**changes: object) -> Architecture:
     return architecture(arguments.replaced({**base, **changes}))
 
 
-def built_shapes(full: Architecture) -> dict[str, tuple[int, ...]]:
-    with captured(), installed(CPU), open_world(Layout(), CPU):
-        return parameter_shapes(build_model(full, Layout(), CPU))
+def built(full: Architecture, device: torch.device = CPU) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    """Names and shapes of Megatron's parameters and of its expert biases."""
+    with captured(), installed(CPU), open_world(Layout(), CPU), device:
+        model = build_model(full, Layout(), device)
+    biases = {
+        name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name.endswith("expert_bias")
+    }
+    return parameter_shapes(model), biases
+
+
+def one_of_each_kind(full: Architecture) -> Architecture:
+    """The same model with the first layer of each kind alone, at full width."""
+    kept = [index for index, layer in enumerate(full.layers) if layer not in full.layers[:index]]
+    changes: dict[str, object] = {"num_layers": len(kept)}
+    if full.hybrid:
+        symbols = layer_symbols(full.arguments["hybrid_layer_pattern"])
+        changes["hybrid_layer_pattern"] = "".join(symbols[index] for index in kept)
+    layers = [full.layers[index] for index in kept]
+    mixers = [layer.mixer for layer in layers if isinstance(layer.mixer, Attention)]
+    if not full.hybrid and full.moe:
+        changes["moe_layer_freq"] = tuple(int(isinstance(layer.mlp, MoE)) for layer in layers)
+    if not full.hybrid and mixers:
+        if full.arguments["window_size"] is not None:
+            changes["window_attn_skip_freq"] = tuple(int(mixer.window is not None) for mixer in mixers)
+        changes["no_rope_freq"] = tuple(int(not mixer.rope) for mixer in mixers)
+    one = architecture(full.arguments.replaced(changes))
+    assert one.layers == tuple(layers)
+    return one
 
 
 VARIANTS = {
@@ -84,16 +114,49 @@ VARIANTS = {
 def test_every_parameter_is_megatrons(changes: dict[str, object]) -> None:
     full = small(**changes)
     expected = parameters(full)
-    assert expected == built_shapes(full)
+    assert expected == built(full)[0]
     assert counts(full).total == sum(torch.Size(shape).numel() for shape in expected.values())
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kind_of_layer_is_megatrons(name: str) -> None:
+    full = model_of(MODELS[name])
+    shapes, biases = built(full)
+    assert parameters(full) == shapes
+    assert buffers(full) == biases
+    assert counts(full).total == sum(torch.Size(shape).numel() for shape in shapes.values())
+    assert counts(full).buffers == sum(torch.Size(shape).numel() for shape in biases.values())
+
+
 @pytest.mark.parametrize("file", PRESETS, ids=lambda file: file.name)
-def test_full_size_parameters_are_megatrons_on_the_meta_device(file: PresetFile) -> None:
+def test_full_size_layers_are_megatrons_on_the_meta_device(file: PresetFile) -> None:
+    one = one_of_each_kind(of_preset(file))
+    shapes, biases = built(one, torch.device("meta"))
+    assert compare_parameters(parameters(one), shapes) == ()
+    assert buffers(one) == biases
+
+
+def test_all_layers_of_a_full_size_model() -> None:
+    (file,) = (file for file in PRESETS if file.name == "Qwen/Qwen3-30B-A3B")
     full = of_preset(file)
-    with captured(), installed(CPU), open_world(Layout(), CPU), torch.device("meta"):
-        actual = parameter_shapes(build_model(full, Layout(), torch.device("meta")))
-    assert compare_parameters(parameters(full), actual) == ()
+    assert compare_parameters(parameters(full), built(full, torch.device("meta"))[0]) == ()
+
+
+def published(file: PresetFile) -> dict[str, int]:
+    facts = file.path.with_suffix(".toml")
+    return tomllib.loads(facts.read_text()).get("params", {}) if facts.is_file() else {}
+
+
+@pytest.mark.parametrize("file", PRESETS, ids=lambda file: file.name)
+def test_published_counts_are_parameters_and_expert_biases(file: PresetFile) -> None:
+    """One rule for all publishers: their totals hold the expert biases, and every token uses them all."""
+    counted, params = counts(of_preset(file)), published(file)
+    if not {"total", "text_total"} & params.keys():
+        pytest.skip("no exact count is published")
+    assert params.get("text_total", params.get("total")) == counted.total + counted.buffers
+    active = params.get("text_active", params.get("active"))
+    if active is not None:
+        assert active == counted.active + counted.buffers
 
 
 def test_active_parameters_count_the_top_k_experts() -> None:
@@ -102,8 +165,24 @@ def test_active_parameters_count_the_top_k_experts() -> None:
     assert counts(full).total - counts(full).active == 3 * 2 * expert
 
 
-def test_activations_name_modules_of_the_built_model() -> None:
-    full = small(**VARIANTS["shared-expert"], qk_layernorm=True)
+def test_latent_experts_are_counted_in_the_latent() -> None:
+    full = model_of(MODELS["Mamba and latent experts"])
+    assert full.moe is not None
+    experts_per_layer, latent, width = full.moe.num_experts, 64, 128
+    expert = 2 * latent * width
+    unused = 2 * (experts_per_layer - full.moe.moe_router_topk) * expert
+    assert counts(full).total - counts(full).active == unused
+    assert counts(full).buffers == 2 * experts_per_layer
+
+
+def test_a_model_without_expert_bias_has_no_buffers() -> None:
+    full = small(**VARIANTS["experts"])
+    assert buffers(full) == {} and counts(full).buffers == Counts(1, 1).buffers == 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_activations_name_modules_of_the_built_model(name: str) -> None:
+    full = model_of(MODELS[name])
     with captured(), installed(CPU), open_world(Layout(), CPU):
         modules = {name for name, _ in build_model(full, Layout(), CPU).named_modules()}
     assert set(activations(full, sequence_length=8, batch_size=2)) <= modules

@@ -137,6 +137,52 @@ def test_what_is_a_preset(tmp_path: Path) -> None:
     assert not is_preset(Path("/x/presets/Org/model.toml"), [])
 
 
+def conf(root: Path) -> Path:
+    """A tree as Megatron-LM's conf/: a preset, a link to it, an overlay, a script, links to folders."""
+    (root / "Org").mkdir(parents=True)
+    (root / "Org" / "One.sh").write_text("MODEL_ARGS=' --num-layers 2'\n")
+    (root / "Org" / "Two.sh").symlink_to("One.sh")
+    (root / "Org" / "one_export.sh").write_text("HF_MODEL_CKPT=/x/Org/One\nPP=16\n")
+    (root / "arguments.sh").write_text("source conf/$1.sh\n")
+    (root / "org").symlink_to("Org")
+    (root / "Org" / "up").symlink_to("..")
+    return root
+
+
+@pytest.mark.parametrize("folder", ["conf", "presets/more"])
+@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["one", "xdist"])
+def test_what_is_no_preset_of_a_tree_is_listed(
+    tree: pytest.Pytester, folder: str, workers: tuple[str, ...]
+) -> None:
+    root = conf(tree.path / folder)
+    result = run(tree, root, "--recipe", "fp8", *workers)
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(["*= not checked =*"])
+    for words in (
+        f"  {folder}/Org/one_export.sh: an overlay: it sets HF_MODEL_CKPT, PP and no MODEL_ARGS",
+        f"  {folder}/arguments.sh: a script: it sets no MODEL_ARGS",
+        f"  {folder}/Org/up: a link to the folder .., whose files are read there",
+        f"  {folder}/org: a link to the folder Org, whose files are read there",
+    ):
+        assert [line for line in result.outlines if line.startswith(words)], words
+
+
+def test_an_overlay_is_a_test_file_where_it_is_named(tree: pytest.Pytester) -> None:
+    root = conf(tree.path / "conf")
+    result = run(tree, root / "Org" / "one_export.sh", "--collect-only", "-q", "--recipe", "fp8")
+    assert ids(result) == ["conf/Org/one_export.sh::fp8"]
+
+
+def test_a_folder_of_overlays_alone_is_never_a_pass(tree: pytest.Pytester) -> None:
+    for folder, code in (
+        ("over", pytest.ExitCode.NO_TESTS_COLLECTED),
+        ("presets/over", pytest.ExitCode.USAGE_ERROR),
+    ):
+        (tree.path / folder).mkdir(parents=True)
+        (tree.path / folder / "over.sh").write_text("TP=8\n")
+        assert run(tree, folder).ret == code
+
+
 def test_a_tree_elsewhere_needs_only_the_plugin(tree: pytest.Pytester, tmp_path: Path) -> None:
     outside = tmp_path / "elsewhere" / "models"
     outside.mkdir(parents=True)

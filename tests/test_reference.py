@@ -104,23 +104,38 @@ def reference(folder: Path, name: str, changes: dict[str, str | None], **config:
             "Qwen3-8B",
             "--window-size",
             "127,0",
-            "--window-size changes the model",
-            id="not-modelled",
+            "--window-size 127,0: none published (use_sliding_window)",
+            id="window",
+        ),
+        pytest.param(
+            "Qwen3-30B-A3B",
+            "--moe-layer-freq",
+            "([0,1]*24)",
+            "--moe-layer-freq ([0]*1+[1]*1)*24: [1]*48 published (decoder_sparse_step, mlp_only_layers)",
+            id="repeated-pattern",
+        ),
+        pytest.param(
+            "Qwen3-30B-A3B",
+            "--ffn-hidden-size",
+            "4096",
+            "--ffn-hidden-size 4096: 6144 published (intermediate_size); no layer is dense, so nothing has "
+            "this size",
+            id="size-of-no-layer",
         ),
     ],
 )
 def test_message(name: str, flag: str, value: str | None, message: str, tmp_path: Path) -> None:
     (finding,) = reference(tmp_path, name, {flag: value})
-    assert finding.message.startswith(message) if flag == "--window-size" else finding.message == message
+    assert finding.message == message
     assert (finding.flag, finding.line) == (flag, line_of(edit(TEXTS[name], flag, value), flag))
 
 
 def test_an_unmodelled_flag_says_that_nothing_vouches_for_it(tmp_path: Path) -> None:
-    (finding,) = reference(tmp_path, "Qwen3-8B", {"--window-size": "127,0"})
+    (finding,) = reference(tmp_path, "Qwen3-8B", {"--mtp-num-layers": "1"})
     assert finding.message.endswith(
         "and the harness does not model it: nothing here says whether its value is right"
     )
-    assert (finding.severity, finding.actual) == (Severity.ERROR, (127, 0))
+    assert (finding.severity, finding.actual) == (Severity.ERROR, 1)
 
 
 def test_each_wrong_field_is_a_finding_of_its_own(tmp_path: Path) -> None:
@@ -204,16 +219,24 @@ def test_a_vocabulary_that_the_tokenizer_overrides(tmp_path: Path) -> None:
 # Facts that are missing or broken
 
 
+def without_facts(folder: Path, text: str) -> Path:
+    """A preset with no facts beside it, of a name that the catalogue does not have."""
+    path = folder / "Nobody" / "Qwen3-8B.sh"
+    path.parent.mkdir()
+    path.write_text(text)
+    return path
+
+
 def test_without_facts_the_rest_is_still_checked(tmp_path: Path) -> None:
-    path = write_copy(tmp_path, "Qwen3-8B", DENSE)
-    path.with_suffix(".toml").unlink()
+    path = without_facts(tmp_path, DENSE)
     report = lint(preset_at(path))
     assert report.outcome is Outcome.PASSED
     (finding,) = report.findings
     assert (finding.stage, finding.severity) == ("reference", Severity.WARNING)
     assert finding.message == (
-        "no Qwen3-8B.toml or Qwen3-8B.config.json beside the preset: no value in it could be compared with "
-        "what the publisher says, and the parameter counts could not be checked"
+        "no Qwen3-8B.toml or Qwen3-8B.config.json beside the preset, and the catalogue has none of that "
+        "name: no value in it could be compared with what the publisher says, and the parameter counts "
+        "could not be checked"
     )
     assert report.stages[2].detail == "8,190,735,360 parameters, 8,190,735,360 active"
 
@@ -222,7 +245,7 @@ def test_without_facts_the_rest_is_still_checked(tmp_path: Path) -> None:
     ("change", "flag"),
     [
         ({"--num-query-groups": "7"}, "--num-query-groups"),
-        ({"--window-size": "127,0"}, "--window-size"),
+        ({"--mtp-num-layers": "1"}, "--mtp-num-layers"),
         ({"--fp16": ""}, "--fp16"),
     ],
     ids=["refused", "not-modelled", "contradiction"],
@@ -231,16 +254,13 @@ def test_without_facts_a_contradiction_still_fails(change: dict[str, str], flag:
     text = DENSE
     for name, value in change.items():
         text = edit(text, name, value)
-    path = write_copy(tmp_path, "Qwen3-8B", text)
-    path.with_suffix(".toml").unlink()
-    report = lint(preset_at(path))
+    report = lint(preset_at(without_facts(tmp_path, text)))
     assert report.outcome is Outcome.FAILED
     assert flag in {finding.flag for finding in errors(report.findings)}
 
 
 def test_without_facts_a_vocabulary_is_assumed_and_said(tmp_path: Path) -> None:
-    path = write_copy(tmp_path, "Qwen3-8B", edit(DENSE, "--padded-vocab-size", None))
-    path.with_suffix(".toml").unlink()
+    path = without_facts(tmp_path, edit(DENSE, "--padded-vocab-size", None))
     found = lint(preset_at(path)).findings
     assert [finding.severity for finding in found] == [Severity.WARNING, Severity.WARNING]
     assert found[1].message == (
@@ -288,7 +308,7 @@ def test_facts_that_cannot_be_read(suffix: str, content: bytes, message: str, tm
     assert report.stages[2].outcome is Outcome.PASSED, "the shapes are audited all the same"
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "qwen3_next", "Qwen3", "", None, 3, ["qwen3"], {"a": 1}], ids=repr)
+@pytest.mark.parametrize("kind", ["gpt2", "gemma3", "Qwen3", "", None, 3, ["qwen3"], {"a": 1}], ids=repr)
 def test_an_unknown_family_is_an_error(kind: object, tmp_path: Path) -> None:
     (finding,) = reference(tmp_path, "Qwen3-8B", {}, model_type=kind)
     assert finding.is_error
@@ -296,6 +316,30 @@ def test_an_unknown_family_is_an_error(kind: object, tmp_path: Path) -> None:
         f"Qwen3-8B.config.json: model_type {kind!r} is a family that the harness does not know: "
         "nothing could be compared with the publisher's figures"
     )
+
+
+@pytest.mark.parametrize("folder", ["Qwen", "qwen", "QWEN"])
+def test_facts_of_the_catalogue_serve_a_preset_of_another_tree(folder: str, tmp_path: Path) -> None:
+    path = tmp_path / folder / "Qwen3-8B.sh"
+    path.parent.mkdir()
+    path.write_text(edit(DENSE, "--norm-epsilon", None))
+    facts, findings = facts_beside(path)
+    assert facts is not None and findings == ()
+    assert facts.label == "the catalogue's Qwen/Qwen3-8B.toml"
+    (finding,) = errors(lint(preset_at(path)).findings)
+    assert finding.flag == "--norm-epsilon"
+
+
+def test_facts_beside_a_preset_go_before_those_of_the_catalogue(tmp_path: Path) -> None:
+    facts, _ = facts_beside(write_copy(tmp_path, "Qwen3-8B", DENSE))
+    assert facts is not None and facts.label == "Qwen3-8B.toml"
+
+
+@pytest.mark.parametrize("name", ["Qwen3-8B-Base", "Qwen3", "Qwen3-8B"])
+def test_a_name_that_is_nearly_one_of_the_catalogue_has_no_facts(name: str, tmp_path: Path) -> None:
+    (tmp_path / "Other").mkdir()
+    facts, (finding,) = facts_beside(tmp_path / "Other" / f"{name}.sh")
+    assert facts is None and finding.severity is Severity.WARNING
 
 
 def test_a_toml_goes_before_a_json(tmp_path: Path) -> None:
@@ -417,18 +461,32 @@ def test_llama_rope_scaling_that_both_have(tmp_path: Path) -> None:
     [
         pytest.param({}, LLAMA3, "--use-rope-scaling", id="not-set"),
         pytest.param(SCALED, LLAMA3 | {"factor": 32.0}, "--rope-scaling-factor", id="factor"),
-        pytest.param(SCALED, LLAMA3 | {"low_freq_factor": 2.0}, "--use-rope-scaling", id="low-frequencies"),
-        pytest.param(SCALED, LLAMA3 | {"high_freq_factor": 8.0}, "--use-rope-scaling", id="high-frequencies"),
-        pytest.param(
-            SCALED, LLAMA3 | {"original_max_position_embeddings": 4096}, "--use-rope-scaling", id="length"
-        ),
     ],
 )
 def test_llama_rope_scaling_that_differs(
     changes: dict[str, str | None], scaling: dict[str, Any], flag: str, tmp_path: Path
 ) -> None:
-    (finding,) = reference(tmp_path, "Qwen3-8B", dict(changes), rope_scaling=scaling)
-    assert (finding.flag, finding.is_error) == (flag, True)
+    (finding,) = errors(tuple(reference(tmp_path, "Qwen3-8B", dict(changes), rope_scaling=scaling)))
+    assert finding.flag == flag
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "built"),
+    [
+        ("factor", 32.0, "8"),
+        ("low_freq_factor", 2.0, "1"),
+        ("high_freq_factor", 8.0, "4"),
+        ("original_max_position_embeddings", 4096, "8192"),
+    ],
+)
+def test_llama_rope_scaling_that_no_flag_can_make(key: str, value: float, built: str, tmp_path: Path) -> None:
+    changes: dict[str, str | None] = {**SCALED, "--rope-scaling-factor": "32" if key == "factor" else "8"}
+    (finding,) = reference(tmp_path, "Qwen3-8B", changes, rope_scaling=LLAMA3 | {key: value})[-1:]
+    assert finding.severity is Severity.WARNING
+    assert finding.message == (
+        f"{key} {value} published (rope_scaling), which no flag can make: Megatron builds {built}, so the "
+        "rotated queries and keys differ"
+    )
 
 
 def test_softmax_before_the_choice_where_probabilities_are_not_renormalised(tmp_path: Path) -> None:
@@ -463,7 +521,7 @@ def test_everything_published_is_checked(name: str) -> None:
     assert facts is not None and facts.family is not None
     items = list(expectations(facts.family, facts.config))
     assert all(isinstance(item, Expectation) for item in items)
-    assert facts.family.moe is (name in MOE)
+    assert (facts.family.experts is not None) is (name in MOE)
     assert all(item.source for item in items if isinstance(item, Expectation))
 
 

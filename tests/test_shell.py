@@ -287,7 +287,8 @@ HAZARDS = {
         "warning",
         2,
         2,
-        "an array: the scripts expand ${MODEL_ARGS}, which is its first element alone",
+        "an array: Megatron-LM's scripts expand ${MODEL_ARGS}, which is its first element alone; "
+        'write one quoted text, or use a script that expands "${MODEL_ARGS[@]}"',
     ),
     "set": ("set -e", "warning", 1, 1, "`set` changes the shell of the script that sources the preset"),
     "lone test that fails": (

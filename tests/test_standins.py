@@ -10,12 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import MODELS, model_of
 
+from harness.build import build_model
 from harness.case import StandInReport
+from harness.layout import Layout
 from harness.standins import STAND_INS, installed, nvfp4, records
 from harness.standins.norms import LayerNorm, Norm, RMSNorm
 from harness.standins.output import captured, import_foreign
 from harness.standins.patching import patched
+from harness.trace import forward, token_ids
+from harness.world import open_world
 
 import_foreign()
 
@@ -37,14 +42,88 @@ def test_everything_is_replaced_on_a_cpu() -> None:
     assert records(CPU) == tuple(row.record for row in STAND_INS)
 
 
-@pytest.mark.parametrize(("have_te", "expected"), [(True, ()), (False, ("RMSNorm", "TEDotProduct"))])
-def test_on_cuda_only_what_transformer_engine_lacks(
-    monkeypatch: pytest.MonkeyPatch, have_te: bool, expected: tuple[str, ...]
+@pytest.fixture
+def everything_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with all that Megatron can make use of, as far as its imports tell."""
+    monkeypatch.setattr("megatron.core.extensions.transformer_engine.HAVE_TE", True)
+    monkeypatch.setattr("megatron.core.ssm.mamba_mixer.mamba_split_conv1d_scan_combined", object())
+    monkeypatch.setattr("megatron.core.ssm.mamba_mixer.causal_conv1d_fn", object())
+    monkeypatch.setattr("megatron.core.ssm.gated_delta_net.common.chunk_gated_delta_rule", object())
+
+
+REFUSAL = "Megatron's refusal"
+
+
+def targets(device: torch.device, name: str | None = None) -> list[str]:
+    return [record.target for record in records(device, model_of(MODELS[name]) if name else None)]
+
+
+@pytest.mark.usefixtures("everything_there")
+def test_on_cuda_with_everything_there_only_what_megatron_refuses() -> None:
+    (refusal,) = targets(CUDA)
+    assert refusal.startswith(REFUSAL)
+
+
+@pytest.mark.usefixtures("everything_there")
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        (
+            "megatron.core.extensions.transformer_engine.HAVE_TE",
+            ["RMSNorm", "TEDotProduct", "ModelOpt's Linear", REFUSAL, "TELinear"],
+        ),
+        ("megatron.core.ssm.mamba_mixer.mamba_split_conv1d_scan_combined", [REFUSAL, "mamba-ssm"]),
+        ("megatron.core.ssm.mamba_mixer.causal_conv1d_fn", [REFUSAL, "mamba-ssm"]),
+        (
+            "megatron.core.ssm.gated_delta_net.common.chunk_gated_delta_rule",
+            [REFUSAL, "flash-linear-attention"],
+        ),
+    ],
+)
+def test_on_cuda_what_is_missing_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, missing: str, words: list[str]
 ) -> None:
-    monkeypatch.setattr("megatron.core.extensions.transformer_engine.HAVE_TE", have_te)
-    found = records(CUDA)
-    assert len(found) == len(expected)
-    assert all(word in record.target for word, record in zip(expected, found, strict=True))
+    monkeypatch.setattr(missing, None)
+    assert all(word in target for word, target in zip(words, targets(CUDA), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("latent attention", {"TEDotProduct", "ModelOpt's Linear"}),
+        (
+            "latent attention without query latent",
+            {"TEDotProduct", "ModelOpt's Linear", REFUSAL},
+        ),
+        ("sinks and windows", {"TEDotProduct"}),
+        ("Mamba and latent experts", {"TEDotProduct", "TELinear", "mamba-ssm"}),
+        ("gated delta net", {"TEDotProduct", "flash-linear-attention"}),
+    ],
+)
+def test_only_what_a_models_layers_need(name: str, words: set[str]) -> None:
+    of_layers = {"TEDotProduct", "ModelOpt's Linear", REFUSAL, "TELinear", "mamba-ssm", "flash-linear"}
+    found = targets(CPU, name)
+    expected = {word for word in of_layers if any(word in each for each in words)}
+    assert {word for word in of_layers if any(word in target for target in found)} == expected
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_a_models_layers_need_is_enough(name: str) -> None:
+    small = model_of(MODELS[name])
+    with captured(), installed(CPU, small) as declared, open_world(Layout(), CPU):
+        forward(build_model(small, Layout(), CPU), token_ids(320, 3, 24, CPU))
+    assert declared == records(CPU, small)
+
+
+def test_without_its_stand_in_a_mixer_cannot_be_built() -> None:
+    other = model_of(MODELS["sinks and windows"])
+    with captured(), installed(CPU, other), open_world(Layout(), CPU):
+        for name, missing in (
+            ("Mamba and MLP", "MambaSSM is not installed"),
+            ("gated delta net", "FLA is not installed"),
+        ):
+            with pytest.raises(ImportError, match=missing):
+                build_model(model_of(MODELS[name]), Layout(), CPU)
 
 
 # Putting in place and taking out
@@ -52,9 +131,15 @@ def test_on_cuda_only_what_transformer_engine_lacks(
 
 def foreign_state() -> Mapping[str, Any]:
     """Everything that a stand-in replaces, as it is now."""
+    from megatron.core.models.hybrid import hybrid_block
     from megatron.core.post_training.modelopt import layers
     from megatron.core.post_training.modelopt.gpt import model_specs
+    from megatron.core.post_training.modelopt.hybrid import model_specs as hybrid
+    from megatron.core.ssm import mamba_mixer
+    from megatron.core.ssm.gated_delta_net import common, gdn
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer import attention, multi_latent_attention
+    from megatron.core.transformer.moe import moe_layer
     from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
     from modelopt.torch.quantization import tensor_quant
@@ -73,6 +158,14 @@ def foreign_state() -> Mapping[str, Any]:
         "shared expert stream": SharedExpertMLP.stream,
         "dispatcher stream": MoEAlltoAllTokenDispatcher.cuda_dtoh_stream,
         "nvfp4": tensor_quant.dynamic_block_quantize_op,
+        "hybrid norms": (hybrid.Norm, hybrid_block.TENorm, attention.TENorm),
+        "hybrid attention": hybrid.TEDotProductAttention,
+        "latent linear": multi_latent_attention.Linear,
+        "latent norms": multi_latent_attention.MLASelfAttention._resolve_qk_norm_config,
+        "latent experts": (moe_layer.HAVE_TE, moe_layer.TELinear),
+        "mamba": (mamba_mixer.HAVE_MAMBA_SSM, mamba_mixer.ExtendedRMSNorm),
+        "scan": mamba_mixer.mamba_chunk_scan_combined,
+        "delta net": (common.HAVE_FLA, common.l2norm, gdn.causal_conv1d, gdn.chunk_gated_delta_rule),
     }
 
 
@@ -86,7 +179,10 @@ def test_nothing_is_left_behind() -> None:
     assert declared == records(CPU)
     assert foreign_state() == before
     changed = {name for name in before if before[name] != inside[name]}
-    assert changed >= {"modes", "stance", "norm", "spec norm", "attention", "tracker", "nvfp4", "cuda.Stream"}
+    own = {name for name in before if not name.startswith("cuda.")}
+    # The streams are there only once a model ran.
+    unchanged = {"shared expert stream", "dispatcher stream"}
+    assert changed >= own - unchanged - {"tracker initialized"} | {"cuda.Stream", "tracker"}
 
 
 def test_nothing_is_left_behind_by_an_exception() -> None:
@@ -234,26 +330,25 @@ def test_norms_equal_transformer_engine(normalization: str, centred: bool) -> No
 # NVFP4
 
 
-def kernel_arithmetic(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
-    """What the CUDA kernel computes for whole blocks of 16, written out from its definition."""
+def packed_and_unpacked(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+    """The format as ModelOpt exports it, by other code than its kernel."""
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
     tensor_scale = amax.float() / (6 * 448)
-    blocks = x.float().view(*x.shape[:-1], -1, 16)
-    scale = blocks.abs().amax(-1, keepdim=True) / (6 * tensor_scale)
-    scale = scale.clamp(max=448).to(torch.float8_e4m3fn).float() * tensor_scale
-    scaled = blocks / torch.where(scale >= 1e-5, scale, 1.0)
-    magnitude = scaled.abs()
-    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
-    # Halfway goes to the even multiple of the step: to the even mantissa.
-    rounded = scaled.div(step).round().mul(step).clamp(-6, 6) * scale
-    return rounded.view(x.shape).to(x.dtype)
+    packed, scale, tensor_scale = NVFP4QTensor.quantize(x, 16, weights_scaling_factor_2=tensor_scale)
+    unpacked: torch.Tensor = packed.dequantize(
+        dtype=x.dtype, scale=scale, double_scale=tensor_scale, block_sizes={-1: 16}
+    )
+    return unpacked
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("amax_factor", [1.0, 0.25, 4.0])
-def test_nvfp4_is_what_the_kernel_is_defined_to_compute(dtype: torch.dtype, amax_factor: float) -> None:
+def test_nvfp4_is_what_modelopt_exports(dtype: torch.dtype, amax_factor: float) -> None:
     x = (torch.randn(64, 96, generator=torch.Generator().manual_seed(2)) * 0.05).to(dtype)
+    x[3, 16:32] = 0
     amax = x.abs().max() * amax_factor
-    assert torch.equal(nvfp4.fake_quantize(x, amax), kernel_arithmetic(x, amax))
+    assert torch.equal(nvfp4.fake_quantize(x, amax), packed_and_unpacked(x, amax))
 
 
 def test_e2m1_rounding() -> None:

@@ -1,19 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import small_models
 import torch
 
+from harness.activations import ModuleShapes, activations
 from harness.architecture import Architecture, architecture
-from harness.arguments import resolve
 from harness.build import build_model
 from harness.finding import Severity
-from harness.flags import parse_flags
-from harness.inventory import ModuleShapes, activations
 from harness.layout import Layout
-from harness.shell import Word
 from harness.standins import installed
 from harness.standins.output import captured
 from harness.trace import (
@@ -25,6 +24,7 @@ from harness.trace import (
     compare_trace,
     forward,
     recording,
+    sequence_length,
     token_ids,
 )
 from harness.world import open_world
@@ -40,6 +40,7 @@ COMMON = (
 )
 QWEN3 = COMMON + "--untie-embeddings-and-output-weights --qk-layernorm"
 MODELS = {
+    **small_models.MODELS,
     "Qwen3": QWEN3,
     "Qwen2.5": COMMON + "--add-qkv-bias",
     "Qwen3-MoE": QWEN3 + " --num-experts 8 --moe-ffn-hidden-size 96 --moe-router-topk 2 "
@@ -52,9 +53,7 @@ MODELS = {
 
 
 def model_of(name: str) -> Architecture:
-    flags, wrong = parse_flags([Word(word, 1, 1, False) for word in MODELS[name].split()])
-    assert not wrong
-    return architecture(resolve(flags)[0])
+    return small_models.model_of(MODELS[name])
 
 
 def build(name: str) -> Any:
@@ -89,6 +88,34 @@ def test_every_module_has_the_shapes_of_the_plan(name: str, tokens: torch.Tensor
     assert compare_trace(expected(name), trace) == ()
     assert check_logits(logits, tokens, VOCABULARY) == ()
     assert trace.finished and trace.stopped_in is None
+
+
+@pytest.mark.parametrize(
+    ("name", "modules"),
+    [
+        ("latent attention", ["self_attention.q_layernorm", "self_attention.linear_kv_up_proj"]),
+        ("Mamba and latent experts", ["mixer.norm", "mixer.in_proj", "mlp.fc2_latent_proj", "mlp.router"]),
+        ("gated delta net", ["self_attention.out_norm", "self_attention.k_layernorm"]),
+        ("L2 norms and no rope", ["self_attention.q_layernorm", "mlp.shared_experts.linear_fc2"]),
+        ("Qwen3", ["self_attention.core_attention", "mlp.linear_fc1"]),
+    ],
+)
+def test_every_kind_of_module_is_held_to_the_plan(
+    name: str, modules: list[str], tokens: torch.Tensor
+) -> None:
+    """Whichever side of it the plan has wrong is found, and nothing else."""
+    _, trace = run(build(name), tokens)
+    for path in [path for path in expected(name) for module in modules if path.endswith(module)]:
+        plan = expected(name)
+        right = plan[path]
+        for side in ("inputs", "outputs"):
+            shapes = [list(shape) for shape in getattr(right, side)]
+            for shape in shapes:
+                shape[-1] += 1
+                plan[path] = replace(right, **{side: tuple(map(tuple, shapes))})
+                findings = compare_trace(plan, trace)
+                assert findings and {finding.module for finding in findings} == {path}
+                shape[-1] -= 1
 
 
 def test_trace_is_in_the_order_of_the_run(tokens: torch.Tensor) -> None:
@@ -129,10 +156,11 @@ def test_the_first_finding_is_where_shapes_part(tokens: torch.Tensor) -> None:
     trace = recorder.trace()
     assert not trace.finished
     assert trace.stopped_in == "decoder.layers.1"
-    (finding,) = compare_trace(expected("Qwen3"), trace)
+    finding, around = compare_trace(expected("Qwen3"), trace)
     assert finding.message == (
         "layers.1.self_attention.linear_proj  output is 3 x 24 x 128, expected 24 x 3 x 128"
     )
+    assert around.message == "layers.1.self_attention  output is 3 x 24 x 128, expected 24 x 3 x 128"
     assert finding.module == "decoder.layers.1.self_attention.linear_proj"
     assert (finding.expected, finding.actual) == ((24, 3, 128), (3, 24, 128))
     assert (finding.stage, finding.severity) == ("forward", Severity.ERROR)
@@ -159,6 +187,57 @@ def test_a_module_that_never_ran_is_found(tokens: torch.Tensor) -> None:
         "layers.1.mlp.linear_fc1  never ran",
         "layers.1.mlp.linear_fc2  never ran",
     ]
+
+
+def windowed(window: int, **changes: object) -> Architecture:
+    """Sinks and windows, the window in every layer, and no experts whose choice might hide it."""
+    arguments = model_of("sinks and windows").arguments
+    return architecture(
+        arguments.replaced(
+            {
+                "window_size": (window, 0),
+                "window_attn_skip_freq": None,
+                "num_experts": None,
+                "moe_ffn_hidden_size": None,
+                **changes,
+            }
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("window", "positions", "length"),
+    [
+        (9, 96, 24),  # the usual length reaches past it
+        (127, 4096, 140),
+        (499, 4096, 512),
+        (500, 4096, 24),  # too far
+        (4095, 131072, 24),
+        (-1, 4096, 24),  # no limit
+        (127, 130, 130),  # no more positions than there are
+    ],
+)
+def test_a_sequence_reaches_past_a_short_window(window: int, positions: int, length: int) -> None:
+    assert sequence_length(windowed(window, max_position_embeddings=positions)) == length
+
+
+def test_a_sequence_without_a_window() -> None:
+    assert sequence_length(model_of("Qwen3")) == SEQUENCE_LENGTH
+    short = architecture(model_of("Qwen3").arguments.replaced({"max_position_embeddings": 16}))
+    assert sequence_length(short) == 16
+
+
+def test_the_window_is_as_wide_as_it_says() -> None:
+    """Two layers of a window of nine: the first token shows up to the eighteenth after it, and no further."""
+    with captured():
+        model = build_model(windowed(9), Layout(), CPU)
+        tokens = token_ids(VOCABULARY, 3, 30, CPU)
+        changed = tokens.clone()
+        changed[:, 0] = (changed[:, 0] + 1) % VOCABULARY
+        before, after = forward(model, tokens), forward(model, changed)
+    differs = (before != after).any(dim=-1).any(dim=0)
+    assert differs[:10].all()
+    assert differs[18] and not differs[19:].any()
 
 
 def test_missing_and_further_tensors() -> None:

@@ -1,8 +1,8 @@
 """Stand-ins: what this machine lacks -> a declared replacement, for as long as a case runs.
 
-One table names them all. A row applies or not, by the device; what applies is put in place by
-``installed`` and taken out again when it ends, and its record goes into the report. On a CUDA device
-with Transformer Engine nothing applies and everything runs for real.
+One table names them all. A row applies or not, by the device and by the layers of the model; what applies
+is put in place by ``installed`` and taken out again when it ends, and its record goes into the report. On
+a CUDA device with everything that Megatron can make use of, all but one row give way to the real thing.
 """
 
 from __future__ import annotations
@@ -13,18 +13,24 @@ from dataclasses import dataclass
 
 import torch
 
+from harness.architecture import Architecture
 from harness.case import StandInReport
-from harness.standins import attention, compilation, cuda, norms, nvfp4, rng
+from harness.standins import attention, compilation, cuda, delta, linear, mamba, norms, nvfp4, rng
 from harness.standins.output import import_foreign
 
 
 @dataclass(frozen=True, slots=True)
 class StandIn:
-    """A record, when it applies, and how it is put in place."""
+    """A record, on which device it applies and to which models, and how it is put in place."""
 
     record: StandInReport
     applies: Callable[[torch.device], bool]
     install: Callable[[], AbstractContextManager[None]]
+    concerns: Callable[[Architecture], bool] = lambda architecture: True
+
+
+def anywhere(device: torch.device) -> bool:
+    return True
 
 
 def no_cuda(device: torch.device) -> bool:
@@ -43,6 +49,40 @@ def have_transformer_engine() -> bool:
 
     return bool(HAVE_TE)
 
+
+def no_mamba_ssm(device: torch.device) -> bool:
+    """mamba-ssm or the convolution it needs is missing, or their kernels cannot run on ``device``."""
+    return no_cuda(device) or not have_mamba_ssm()
+
+
+def have_mamba_ssm() -> bool:
+    """Whether Megatron could import mamba-ssm and causal-conv1d in this process."""
+    import_foreign()
+    from megatron.core.ssm import mamba_mixer
+
+    scan = mamba_mixer.mamba_split_conv1d_scan_combined
+    return scan is not None and mamba_mixer.causal_conv1d_fn is not None
+
+
+def no_linear_attention(device: torch.device) -> bool:
+    """flash-linear-attention is missing, or its kernels cannot run on ``device``."""
+    return no_cuda(device) or not have_linear_attention()
+
+
+def have_linear_attention() -> bool:
+    """Whether Megatron could import flash-linear-attention in this process."""
+    import_foreign()
+    from megatron.core.ssm.gated_delta_net import common
+
+    return common.chunk_gated_delta_rule is not None
+
+
+def has_query_projection(architecture: Architecture) -> bool:
+    """Latent attention that projects its queries at once, without a latent of theirs."""
+    return architecture.latent is not None and architecture.latent.q_lora_rank is None
+
+
+_NO_TE = "Transformer Engine is not installed, or the case does not run on CUDA."
 
 STAND_INS: tuple[StandIn, ...] = (
     StandIn(
@@ -76,7 +116,7 @@ STAND_INS: tuple[StandIn, ...] = (
         StandInReport(
             "transformer_engine.pytorch RMSNorm and LayerNorm",
             "the same norms in plain torch, computed in float32",
-            "Transformer Engine is not installed, or the case does not run on CUDA.",
+            _NO_TE,
         ),
         no_transformer_engine,
         norms.install,
@@ -84,16 +124,68 @@ STAND_INS: tuple[StandIn, ...] = (
     StandIn(
         StandInReport(
             "Megatron's TEDotProductAttention",
-            "Megatron's DotProductAttention",
-            "Transformer Engine is not installed, or the case does not run on CUDA.",
+            "Megatron's DotProductAttention, which also takes the two head sizes of latent attention",
+            _NO_TE,
         ),
         no_transformer_engine,
         attention.install,
+        lambda architecture: architecture.attention is not None or architecture.latent is not None,
+    ),
+    StandIn(
+        StandInReport(
+            "Megatron's import of ModelOpt's Linear for latent attention",
+            "that class itself",
+            f"Megatron imports it only beside Transformer Engine. {_NO_TE}",
+        ),
+        no_transformer_engine,
+        linear.install_latent_attention,
+        lambda architecture: architecture.latent is not None,
+    ),
+    StandIn(
+        StandInReport(
+            "Megatron's refusal of ModelOpt's layer spec where latent attention has no --q-lora-rank",
+            "the projections and the norm of the spec, without a norm of the queries",
+            "The spec names a query norm, which Megatron refuses where there is no query latent to norm; "
+            "published models have none there.",
+        ),
+        anywhere,
+        attention.install_query_projection,
+        has_query_projection,
+    ),
+    StandIn(
+        StandInReport(
+            "Megatron's TELinear in the latent projections of experts",
+            "Megatron's ColumnParallelLinear on one rank, which ModelOpt quantizes as it does TELinear",
+            _NO_TE,
+        ),
+        no_transformer_engine,
+        linear.install_latent_moe,
+        lambda architecture: architecture.moe is not None and architecture.moe.latent_size is not None,
+    ),
+    StandIn(
+        StandInReport(
+            "mamba-ssm's gated RMSNorm and chunk scan, and causal-conv1d",
+            "the same norm, scan and convolution in plain torch, computed in float32",
+            "mamba-ssm is not installed, or the case does not run on CUDA.",
+        ),
+        no_mamba_ssm,
+        mamba.install,
+        lambda architecture: architecture.mamba is not None,
+    ),
+    StandIn(
+        StandInReport(
+            "flash-linear-attention's l2norm, causal_conv1d and chunk_gated_delta_rule",
+            "the same norm and convolution in plain torch, and Megatron's torch_chunk_gated_delta_rule",
+            "flash-linear-attention is not installed, or the case does not run on CUDA.",
+        ),
+        no_linear_attention,
+        delta.install,
+        lambda architecture: architecture.delta is not None,
     ),
     StandIn(
         StandInReport(
             "ModelOpt's NVFP4 fake-quantization kernel",
-            "ModelOpt's NVFP4QTensor, packed and unpacked; a partial last block is padded with zeros",
+            "the same arithmetic in plain torch; a partial last block is padded with zeros",
             "The kernel, which pads as well, is written for CUDA.",
         ),
         no_cuda,
@@ -102,20 +194,31 @@ STAND_INS: tuple[StandIn, ...] = (
 )
 
 
-def records(device: torch.device) -> tuple[StandInReport, ...]:
-    """What would be replaced on ``device``."""
-    return tuple(row.record for row in STAND_INS if row.applies(device))
+def records(device: torch.device, architecture: Architecture | None = None) -> tuple[StandInReport, ...]:
+    """What would be replaced on ``device``, for a case of ``architecture`` or for any."""
+    return tuple(row.record for row in _rows(device, architecture))
+
+
+def _rows(device: torch.device, architecture: Architecture | None) -> tuple[StandIn, ...]:
+    return tuple(
+        row
+        for row in STAND_INS
+        if row.applies(device) and (architecture is None or row.concerns(architecture))
+    )
 
 
 @contextmanager
-def installed(device: torch.device) -> Iterator[tuple[StandInReport, ...]]:
+def installed(
+    device: torch.device, architecture: Architecture | None = None
+) -> Iterator[tuple[StandInReport, ...]]:
     """Put in place what ``device`` lacks, yield the records, and restore everything at the end.
 
-    May be nested. Enter it before ``open_world``; a model built inside must not outlive it.
+    Of ``architecture`` only what its layers need; without one everything, for any model. May be nested.
+    Enter it before ``open_world``; a model built inside must not outlive it.
     """
     import_foreign()
+    rows = _rows(device, architecture)  # before anything is replaced: a row may look for the real thing
     with ExitStack() as stack:
-        for row in STAND_INS:
-            if row.applies(device):
-                stack.enter_context(row.install())
-        yield records(device)
+        for row in rows:
+            stack.enter_context(row.install())
+        yield tuple(row.record for row in rows)

@@ -87,10 +87,15 @@ class Norm:
 
 @contextmanager
 def install() -> Iterator[None]:
+    from megatron.core.models.hybrid import hybrid_block
     from megatron.core.post_training.modelopt import layers
-    from megatron.core.post_training.modelopt.gpt import model_specs
+    from megatron.core.post_training.modelopt.gpt import model_specs as gpt
+    from megatron.core.post_training.modelopt.hybrid import model_specs as hybrid
+    from megatron.core.transformer import attention
 
     with ExitStack() as stack:
-        for module in (layers, model_specs):
+        for module in (layers, gpt, hybrid):
             stack.enter_context(patched(module, "Norm", Norm))
+        for module in (hybrid_block, attention):
+            stack.enter_context(patched(module, "TENorm", Norm))
         yield

@@ -1,10 +1,9 @@
-"""NVFP4 stand-in: ModelOpt's ``NVFP4QTensor``, packed and unpacked, for its dynamic block kernel.
+"""NVFP4 stand-in: what ModelOpt's dynamic block kernel (``fp4_fake_quant_block``) computes, in plain torch.
 
-ModelOpt packs the format for export in plain torch, by other code than the CUDA kernel that fakes it
-(``fp4_fake_quant_block``); both give each block of the last dimension a scale in E4M3 under one scale
-per tensor, amax / (6 x 448), and round to E2M1. The kernel reads past the end of a row as zeros, so a
-partial last block is quantized as if padded, without a word; so it is here, and the audit reports the
-misfit.
+Each block of the last dimension has a scale in E4M3 under one scale per tensor, amax / (6 x 448), and its
+numbers are rounded to E2M1. ModelOpt's ``NVFP4QTensor``, which packs the format for export, gives the same
+numbers, several times slower. The kernel reads past the end of a row as zeros, so a partial last block is
+quantized as if padded, without a word; so it is here, and the audit reports the misfit.
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ _E2M1_MAX, _E4M3_MAX = 6.0, 448.0
 
 def fake_quantize(inputs: torch.Tensor, amax: torch.Tensor, block_size: int = 16) -> torch.Tensor:
     """``inputs`` [..., width] rounded to NVFP4, same shape and dtype. ``amax`` is one number."""
-    from modelopt.torch.quantization.qtensor import NVFP4QTensor
-
     width = inputs.shape[-1]
     padded = torch.nn.functional.pad(inputs, (0, -width % block_size))
     tensor_scale = amax.float() / (_E2M1_MAX * _E4M3_MAX)
     tensor_scale = torch.where(tensor_scale > 0, tensor_scale, 1e-12)  # as the kernel does
-    packed, scale, tensor_scale = NVFP4QTensor.quantize(
-        padded, block_size, weights_scaling_factor_2=tensor_scale
-    )
-    rounded: torch.Tensor = packed.dequantize(
-        dtype=inputs.dtype, scale=scale, double_scale=tensor_scale, block_sizes={-1: block_size}
-    )
-    return rounded[..., :width]
+    blocks = padded.float().reshape(-1, block_size)
+    scale = blocks.abs().amax(-1, keepdim=True) / (_E2M1_MAX * tensor_scale)
+    scale = scale.clamp_(max=_E4M3_MAX).to(torch.float8_e4m3fn).float() * tensor_scale
+    scaled = blocks / torch.where(scale >= 1e-5, scale, 1.0)
+    magnitude = scaled.abs()
+    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    # Halfway goes to the even multiple of the step: to the even mantissa.
+    rounded = scaled.div_(step).round_().mul_(step).clamp_(-_E2M1_MAX, _E2M1_MAX).mul_(scale)
+    return rounded.view(padded.shape).to(inputs.dtype)[..., :width]
 
 
 def _instead_of(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

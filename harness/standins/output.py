@@ -16,6 +16,8 @@ _FOREIGN = (
     "megatron.core",
     "megatron.core.models.gpt",
     "megatron.core.post_training.modelopt.gpt.model_specs",
+    "megatron.core.post_training.modelopt.hybrid.model_specs",
+    "megatron.core.models.hybrid.hybrid_model",
     "megatron.training.argument_utils",
     "modelopt.torch.quantization",
 )

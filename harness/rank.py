@@ -1,0 +1,93 @@
+"""Rank: one process of a layout, and what falls to it: its part of a split and its layers.
+
+The order of ranks is Megatron's (``tp-cp-ep-dp-pp``, ``core/parallel_state.py``): tensor ranks lie next to
+each other, pipeline stages farthest apart, and the experts' ranks are cut from the same row anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harness.layout import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """Where rank ``number`` stands on each axis of its layout, each from zero."""
+
+    number: int
+    tp: int = 0
+    cp: int = 0
+    pp: int = 0
+    etp: int = 0
+    ep: int = 0
+
+
+def rank_of(layout: Layout, number: int) -> Rank:
+    """Coordinates of one rank of the layout's own world. Raises IndexError outside of it."""
+    world = layout.world_size
+    if not 0 <= number < world:
+        raise IndexError(f"layout {layout} has ranks 0 to {world - 1}, not {number}")
+    pp, within = divmod(number, world // layout.pp)
+    return Rank(
+        number,
+        tp=within % layout.tp,
+        cp=within // layout.tp % layout.cp,
+        pp=pp,
+        etp=within % layout.etp,
+        ep=within // layout.etp % layout.ep,
+    )
+
+
+def ranks(layout: Layout) -> tuple[Rank, ...]:
+    """Every rank of a layout, in order."""
+    return tuple(rank_of(layout, number) for number in range(layout.world_size))
+
+
+class UnevenStages(ValueError):
+    """The layers do not fall on the pipeline stages; the text says why."""
+
+
+def stages(num_layers: int, layout: Layout, pattern: str | None = None) -> tuple[range, ...]:
+    """The layers of each pipeline stage, by index. Raises UnevenStages where Megatron would refuse.
+
+    ``pattern`` is a hybrid model's, whose ``|`` decide where they are there.
+    """
+    main = (pattern or "").partition("/")[0]
+    if "|" in main:
+        return _marked(main, layout)
+    sizes = _sizes(num_layers, layout)
+    starts = [sum(sizes[:stage]) for stage in range(layout.pp)]
+    return tuple(range(start, start + size) for start, size in zip(starts, sizes, strict=True))
+
+
+def _marked(main: str, layout: Layout) -> tuple[range, ...]:
+    """Stages at the ``|`` of a pattern."""
+    segments = main.split("|")
+    if layout.first or layout.last:
+        raise UnevenStages("the pattern names its stages with |, and the layout gives their sizes too")
+    if len(segments) != layout.pp:
+        raise UnevenStages(f"the pattern has {len(segments)} stages, the layout pp{layout.pp}")
+    found, start = [], 0
+    for segment in segments:
+        found.append(range(start, start + len(segment)))
+        start += len(segment)
+    return tuple(found)
+
+
+def _sizes(num_layers: int, layout: Layout) -> list[int]:
+    given = [size for size in (layout.first, layout.last) if size is not None]
+    rest, left = num_layers - sum(given), layout.pp - len(given)
+    if left == 0 and rest:
+        raise UnevenStages(f"the stages hold {sum(given)} layers, the model has {num_layers}")
+    if rest < left or (left and rest % left):
+        what = "the other layers" if given else "layers"
+        raise UnevenStages(f"{rest} {what} / {left} pipeline stages is not whole, or leaves one empty")
+    sizes = [rest // left] * left if left else []
+    return [
+        *([layout.first] if layout.first is not None else []),
+        *sizes,
+        *([layout.last] if layout.last is not None else []),
+    ]

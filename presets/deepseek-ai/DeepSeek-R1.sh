@@ -1,0 +1,61 @@
+#!/bin/bash
+
+if [ -z ${HF_MODEL_CKPT} ]; then
+    HF_MODEL_CKPT=deepseek-ai/DeepSeek-R1
+    TOKENIZER_MODEL=deepseek-ai/DeepSeek-R1
+else
+    TOKENIZER_MODEL=${HF_MODEL_CKPT}
+fi
+
+# The published multi-token prediction layer (num_nextn_predict_layers) is left out: these are the 61 layers
+# of the main model.
+MODEL_ARGS=" \
+    --save-interval 100000 \
+    --micro-batch-size 1 \
+    --bf16 \
+    --no-masked-softmax-fusion \
+    --no-rope-fusion \
+    --no-bias-swiglu-fusion \
+    --tokenizer-type HuggingFaceTokenizer \
+    --num-layers 61 \
+    --hidden-size 7168 \
+    --ffn-hidden-size 18432 \
+    --num-attention-heads 128 \
+    --multi-latent-attention \
+    --q-lora-rank 1536 \
+    --kv-lora-rank 512 \
+    --qk-head-dim 128 \
+    --qk-pos-emb-head-dim 64 \
+    --v-head-dim 128 \
+    --qk-layernorm \
+    --disable-bias-linear \
+    --swiglu \
+    --normalization RMSNorm \
+    --norm-epsilon 1e-6 \
+    --position-embedding-type rope \
+    --rope-type yarn \
+    --rotary-base 10000 \
+    --rotary-scaling-factor 40 \
+    --mscale 1.0 \
+    --mscale-all-dim 1.0 \
+    --max-position-embeddings 163840 \
+    --seq-length 4096 \
+    --padded-vocab-size 129280 \
+    --untie-embeddings-and-output-weights \
+    --attention-dropout 0.0 \
+    --hidden-dropout 0.0 \
+    --num-experts 256 \
+    --moe-router-topk 8 \
+    --moe-ffn-hidden-size 2048 \
+    --moe-layer-freq ([0]*3+[1]*58) \
+    --moe-router-score-function sigmoid \
+    --moe-router-enable-expert-bias \
+    --moe-router-num-groups 8 \
+    --moe-router-group-topk 4 \
+    --moe-router-topk-scaling-factor 2.5 \
+    --moe-shared-expert-intermediate-size 2048 \
+    --moe-router-dtype fp32 \
+    --moe-router-load-balancing-type seq_aux_loss \
+    --moe-aux-loss-coeff 1e-4 \
+    --moe-token-dispatcher-type alltoall \
+"

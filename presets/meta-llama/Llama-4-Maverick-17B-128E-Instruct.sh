@@ -1,0 +1,54 @@
+#!/bin/bash
+
+if [ -z ${HF_MODEL_CKPT} ]; then
+    HF_MODEL_CKPT=meta-llama/Llama-4-Maverick-17B-128E-Instruct
+    TOKENIZER_MODEL=meta-llama/Llama-4-Maverick-17B-128E-Instruct
+else
+    TOKENIZER_MODEL=${HF_MODEL_CKPT}
+fi
+
+# The language model alone, without the vision encoder. Megatron cannot say the published chunked attention
+# (attention_chunk_size 8192), nor the temperature by position of the layers without rotary positions: both change
+# nothing below 8192 tokens.
+MODEL_ARGS=" \
+    --save-interval 100000 \
+    --micro-batch-size 1 \
+    --bf16 \
+    --no-masked-softmax-fusion \
+    --no-rope-fusion \
+    --no-bias-swiglu-fusion \
+    --tokenizer-type HuggingFaceTokenizer \
+    --num-layers 48 \
+    --hidden-size 5120 \
+    --ffn-hidden-size 16384 \
+    --num-attention-heads 40 \
+    --group-query-attention \
+    --num-query-groups 8 \
+    --kv-channels 128 \
+    --disable-bias-linear \
+    --swiglu \
+    --normalization RMSNorm \
+    --norm-epsilon 1e-5 \
+    --position-embedding-type rope \
+    --rotary-percent 1.0 \
+    --rotary-base 500000 \
+    --rotary-interleaved \
+    --no-rope-freq 4 \
+    --max-position-embeddings 1048576 \
+    --seq-length 4096 \
+    --padded-vocab-size 202048 \
+    --untie-embeddings-and-output-weights \
+    --attention-dropout 0.0 \
+    --hidden-dropout 0.0 \
+    --num-experts 128 \
+    --moe-router-topk 1 \
+    --moe-ffn-hidden-size 8192 \
+    --moe-layer-freq ([0,1]*24) \
+    --moe-router-score-function sigmoid \
+    --export-moe-apply-probs-on-input \
+    --moe-shared-expert-intermediate-size 8192 \
+    --moe-router-dtype fp32 \
+    --moe-router-load-balancing-type seq_aux_loss \
+    --moe-aux-loss-coeff 1e-3 \
+    --moe-token-dispatcher-type alltoall \
+"
