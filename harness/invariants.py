@@ -160,7 +160,6 @@ def _layers(before: Architecture, after: Architecture, layout: Layout) -> Judgem
         kinds = layer_kinds(before, architecture)
         key = (
             kinds[0],
-            kinds[-1],
             set(kinds),
             set(pairwise(kinds)),
             kinds.count(None),

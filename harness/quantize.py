@@ -41,9 +41,11 @@ from modelopt.torch.quantization.nn import (  # noqa: E402
 if TYPE_CHECKING:
     from harness.architecture import Architecture
 
-# Calibration tokens that each expert sees on average. Routing by random weights is uneven: the least
-# used expert of ten models (8 and 32 experts, 2 to 6 layers) saw an eighth of its share or more.
-TOKENS_PER_EXPERT = 48
+# Calibration tokens that each expert sees on average, tried in this order until every one sees
+# LEAST_TOKENS: routing by random weights is uneven, and an algorithm that searches, as AWQ does, runs
+# every matrix many times on all of them.
+TOKENS_PER_EXPERT = (4, 8, 16, 32, 64)
+LEAST_TOKENS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +79,7 @@ def quantize(
     ``config`` is the ModelOpt config to apply, the recipe's own unless given. What ModelOpt raises
     comes through. Nothing reaches the terminal.
     """
-    vocabulary, experts = architecture.padded_vocab_size, architecture.moe
-    share = experts.num_experts / experts.moe_router_topk if experts else 0
-    length = sequence_length(architecture)
-    batch = max(BATCH_SIZE, math.ceil(TOKENS_PER_EXPERT * share / length))
-    calibration = token_ids(vocabulary, batch, length, device, seed)
+    calibration = calibration_tokens(model, architecture, device, seed)
     # Calibration has seen what is measured: a value beyond the calibrated range would be clipped,
     # and the error would say more about the draw of tokens than about the recipe.
     tokens = calibration[:BATCH_SIZE]
@@ -116,6 +114,25 @@ def quantize(
         findings=findings,
         log=log.getvalue(),
     )
+
+
+def calibration_tokens(
+    model: nn.Module, architecture: Architecture, device: torch.device, seed: int
+) -> torch.Tensor:
+    """Token ids, [batch, sequence], of which every expert of the unquantized model sees a few."""
+    length, experts = sequence_length(architecture), architecture.moe
+    share = experts.num_experts / experts.moe_router_topk if experts else 0
+    for times in TOKENS_PER_EXPERT:
+        batch = max(BATCH_SIZE, math.ceil(times * share / length))
+        tokens = token_ids(architecture.padded_vocab_size, batch, length, device, seed)
+        count = TokenCount(model)
+        if experts is None:
+            break
+        with torch.no_grad():
+            count.forward(model, tokens)
+        if min(count.by_expert.values()) >= LEAST_TOKENS:
+            break
+    return tokens
 
 
 def expected_matrices(model: nn.Module, config: Mapping[str, Any]) -> tuple[str, ...]:

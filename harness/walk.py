@@ -1,7 +1,7 @@
 """Walk: the kinds of a model's layers, in order -> the shortest sequence with the same adjacent pairs.
 
 Kinds are numbers. A pair of adjacent kinds is an edge, and a sequence that has every edge at least once a
-walk: the directed Chinese postman problem between the first kind and the last. It is solved exactly, by a
+walk: the directed Chinese postman problem from the first kind to any. It is solved exactly, by a
 minimum-cost flow over the edges that are walked again; the kinds are few, however many the layers.
 """
 
@@ -25,7 +25,7 @@ def shortest_walk(
     fits: Callable[[int], bool] = lambda length: True,
     dear: Collection[int] = (),
 ) -> list[int]:
-    """The shortest sequence with the first, the last and exactly the adjacent pairs of ``kinds``.
+    """The shortest sequence with the first and exactly the adjacent pairs of ``kinds``, whatever its last.
 
     Among the shortest one with the fewest layers of the ``dear`` kinds. Where its length does not fit it is
     lengthened by the shortest detours, or ``kinds`` itself is the answer where that is no longer. The same
@@ -33,15 +33,23 @@ def shortest_walk(
     """
     edges = sorted(set(pairwise(kinds)))
     cost = {edge: _LAYER + (edge[1] in dear) for edge in edges}
-    walk = _euler(kinds[0], [*edges, *_again(edges, cost, kinds[0], kinds[-1])])
+    repeated = (_again(edges, cost, kinds[0], last) for last in sorted(set(kinds)))
+    cheapest = min(
+        (again for again in repeated if again is not None),
+        key=lambda again: sum(cost[edge] for edge in again),
+    )
+    walk = _euler(kinds[0], [*edges, *cheapest])
     if not fits(len(walk)):
         lengthened = _lengthened(walk, cost, fits, len(kinds))
         return list(kinds) if lengthened is None else lengthened
     return walk
 
 
-def _again(edges: Iterable[Edge], cost: Mapping[Edge, int], first: int, last: int) -> list[Edge]:
-    """The edges to walk again so that one walk from ``first`` to ``last`` has them all, cheapest."""
+def _again(edges: Iterable[Edge], cost: Mapping[Edge, int], first: int, last: int) -> list[Edge] | None:
+    """The edges to walk again so that one walk from ``first`` to ``last`` has them all, cheapest.
+
+    None where there is no such walk.
+    """
     spare: Counter[int] = Counter()  # times that a kind is entered more often than left
     for before, after in edges:
         spare[after] += 1
@@ -51,6 +59,8 @@ def _again(edges: Iterable[Edge], cost: Mapping[Edge, int], first: int, last: in
     flow: Counter[Edge] = Counter()
     while any(count > 0 for count in spare.values()):
         path = _cheapest_path(spare, cost, flow)
+        if path is None:
+            return None
         for edge, step in path:
             flow[edge] += step
         start = path[0][0][0] if path[0][1] > 0 else path[0][0][1]
@@ -62,9 +72,10 @@ def _again(edges: Iterable[Edge], cost: Mapping[Edge, int], first: int, last: in
 
 def _cheapest_path(
     spare: Mapping[int, int], cost: Mapping[Edge, int], flow: Mapping[Edge, int]
-) -> list[tuple[Edge, int]]:
+) -> list[tuple[Edge, int]] | None:
     """From a kind entered too often to one left too often: edges walked again (1) or no longer (-1).
 
+    None where there is no way.
     Bellman-Ford over the residual edges, as a flow taken back has a negative cost.
     """
     distance = {kind: 0 for kind, count in sorted(spare.items()) if count > 0}
@@ -81,7 +92,10 @@ def _cheapest_path(
                     distance[end] = distance[start] + far
                     came[end] = (start, edge, step)
                     changed = True
-    end = min((far, kind) for kind, far in distance.items() if spare.get(kind, 0) < 0)[1]
+    ends = [(far, kind) for kind, far in distance.items() if spare.get(kind, 0) < 0]
+    if not ends:
+        return None
+    end = min(ends)[1]
     path: list[tuple[Edge, int]] = []
     while end in came:
         end, edge, step = came[end]

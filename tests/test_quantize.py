@@ -14,6 +14,7 @@ from harness.finding import Finding, Severity
 from harness.layout import Layout
 from harness.quantize import (
     Quantization,
+    calibration_tokens,
     check_amax,
     check_experts,
     check_matrices,
@@ -25,6 +26,7 @@ from harness.quantize import (
 )
 from harness.recipes import RECIPES, Recipe, find_recipe
 from harness.rounding import check_off, check_output, largest_error, products
+from harness.routing import TokenCount
 from harness.standins import installed
 from harness.standins.output import captured
 from harness.trace import forward, token_ids
@@ -197,10 +199,18 @@ def test_same_numbers_every_time() -> None:
     assert run() == run()
 
 
-def test_calibration_grows_with_experts_per_token() -> None:
-    small = model_of("Qwen3-MoE")
-    assert quantize(build("Qwen3-MoE"), FP8, small, CPU).tokens == 8 * 24  # 48 x 8 experts / top-2
+def test_calibration_grows_until_every_expert_sees_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert quantize(build("Qwen3"), FP8, model_of("Qwen3"), CPU).tokens == 3 * 24
+    small, seen = model_of("Qwen3-MoE"), []
+    for least in (1, 12, 10**6):
+        monkeypatch.setattr("harness.quantize.LEAST_TOKENS", least)
+        model = build("Qwen3-MoE")
+        tokens = calibration_tokens(model, small, CPU, seed=1234)
+        count = TokenCount(model)
+        count.forward(model, tokens)
+        seen.append((tokens.numel(), min(count.by_expert.values()) >= least))
+    assert seen[0][1] and seen[1][1]
+    assert seen[0][0] < seen[1][0] < seen[2][0] == 11 * 24  # 64 x 8 experts / top-2, in whole sequences
 
 
 def test_modelopt_is_left_as_it_was() -> None:

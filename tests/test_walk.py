@@ -26,8 +26,8 @@ def at_least(least: int, multiple: int = 1):  # type: ignore[no-untyped-def]
         ([0] * 94, 4, [0, 0, 0, 0]),
         ([0] + [1] * 26, 1, [0, 1, 1]),
         ([0] * 3 + [1] * 58, 1, [0, 0, 1, 1]),
-        ([0, 1] * 24, 1, [0, 1, 0, 1]),
-        ([0, 0, 0, 1] * 12, 1, [0, 0, 1, 0, 1]),
+        ([0, 1] * 24, 1, [0, 1, 0]),
+        ([0, 0, 0, 1] * 12, 1, [0, 0, 1, 0]),
     ],
     ids=["one", "alike", "one-per-stage", "dense-first", "three-dense", "alternating", "every-fourth"],
 )
@@ -38,7 +38,7 @@ def test_layers_shrink_to_the_shortest_walk(kinds: list[int], least: int, walk: 
 
 
 def assert_walks(found: list[int], kinds: list[int]) -> None:
-    assert found[0] == kinds[0] and found[-1] == kinds[-1]
+    assert found[0] == kinds[0]
     assert set(found) == set(kinds)
     assert set(pairwise(found)) == set(pairwise(kinds))
 
@@ -51,7 +51,7 @@ def fewest(kinds: list[int], dear: set[int]) -> tuple[int, int]:
     queue = [(*best[start], kinds[0], sorted(start[1]))]
     while True:
         layers, dears, kind, seen = heappop(queue)
-        if kind == kinds[-1] and len(seen) == len(pairs):
+        if len(seen) == len(pairs):
             return layers, dears
         for pair in pairs:
             if pair[0] == kind:
