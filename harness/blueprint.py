@@ -15,7 +15,6 @@ from harness.audit import audit
 from harness.case import CaseReport
 from harness.facts import facts_beside
 from harness.finding import has_errors
-from harness.invariants import counted_kinds
 from harness.inventory import counts
 from harness.layout import Layout
 from harness.messages import aligned, lint_line
@@ -23,6 +22,7 @@ from harness.pipeline import with_vocabulary
 from harness.preset import PresetFile, load_preset
 from harness.recipes import Recipe
 from harness.shrink import ShrinkPlan
+from harness.shrink.invariants import counted_kinds
 
 _UNITS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K"))
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from harness.finding import Finding
-from harness.invariants import Invariant
 from harness.layout import Layout
+from harness.shrink.invariants import Invariant
 
 STAGES = ("parse", "reference", "audit", "config", "shrink", "build", "forward", "quantize")
 

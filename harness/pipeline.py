@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from harness.activations import activations
 from harness.architecture import Architecture, NotAModel, architecture
 from harness.arguments import Arguments, How, Origin
+from harness.arguments.modelled import unmodelled
 from harness.audit import audit
 from harness.case import (
     STAGES,
@@ -31,14 +32,13 @@ from harness.case import (
 )
 from harness.errors import UnsupportedModel, UsageError
 from harness.finding import Finding, Severity, has_errors
-from harness.invariants import SIZE_ARGUMENTS
 from harness.inventory import counts, parameters
 from harness.layout import Layout
-from harness.modelled import unmodelled
 from harness.preset import PresetFile, load_preset
 from harness.recipes import Recipe, find_recipe
 from harness.reference import Facts, compare, compare_checkpoint, facts_beside
 from harness.shrink import NoPlan, ShrinkPlan, shrink
+from harness.shrink.invariants import SIZE_ARGUMENTS
 
 if TYPE_CHECKING:
     import torch

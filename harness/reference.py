@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from harness.arguments import Arguments, How
-from harness.effective import NO_EFFECT, effective
+from harness.arguments.effective import NO_EFFECT, effective
 from harness.facts import Facts, facts_beside
 from harness.families import (
     INERT_KEYS,

@@ -21,8 +21,8 @@ from typing import Any
 from harness.case import Case, CaseReport, Outcome, ShrinkReport, StageReport, StandInReport
 from harness.errors import HarnessError, ReportError
 from harness.finding import Finding, Severity
-from harness.invariants import Invariant
 from harness.layout import Layout
+from harness.shrink.invariants import Invariant
 
 SCHEMA = 1
 PACKAGES = ("torch", "megatron-core", "nvidia-modelopt", "transformer-engine")

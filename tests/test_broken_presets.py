@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import pytest
 from broken import CONFIGS, FACTS, MOE, PRESETS, TEXTS, edit, errors, line_of, lint_copy, value_of
 
+from harness.arguments.modelled import MODELLED
 from harness.case import Outcome
 from harness.flags import FlagSpec, Role, flag_table
-from harness.modelled import MODELLED
 
 # Flag and the published key that holds its value.
 NUMBERS = {

@@ -17,12 +17,12 @@ import pytest
 from broken import TREE, edit, line_of
 
 from harness.arguments import Arguments, flag_for
-from harness.effective import NO_EFFECT, effective
+from harness.arguments.effective import NO_EFFECT, effective
+from harness.arguments.modelled import MODELLED, unmodelled
 from harness.facts import Facts, facts_beside
 from harness.families import Expectation, expectations
 from harness.finding import Finding, Severity
 from harness.flags import FlagSpec, flag_table
-from harness.modelled import MODELLED, unmodelled
 from harness.preset import PresetFile, discover, load_preset
 from harness.reference import compare
 

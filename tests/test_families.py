@@ -12,7 +12,7 @@ import pytest
 from broken import TREE, edit, errors, line_of
 
 from harness.arguments import resolve
-from harness.effective import NO_EFFECT, effective
+from harness.arguments.effective import NO_EFFECT, effective
 from harness.facts import Facts, facts_beside
 from harness.families import FAMILIES, INERT_KEYS, Expectation, Limit, expectations
 from harness.finding import Finding, Severity

@@ -13,9 +13,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from harness.arguments import Arguments, resolve
+from harness.arguments.modelled import INERT, MODELLED, unmodelled
 from harness.finding import Finding, Severity
 from harness.flags import Flag, FlagSpec, Role, defaults, flag_table, parse_flags
-from harness.modelled import INERT, MODELLED, unmodelled
 from harness.shell import Word
 
 SPECS = tuple({spec.name: spec for spec in flag_table().values()}.values())

@@ -15,8 +15,8 @@ from harness import messages, report
 from harness.case import Case, CaseReport, Outcome, ShrinkReport, StageReport, StandInReport
 from harness.errors import ReportError
 from harness.finding import Finding, Severity
-from harness.invariants import Invariant
 from harness.layout import Layout
+from harness.shrink.invariants import Invariant
 
 CASE = Case("Qwen/Qwen3-8B", "presets/Qwen/Qwen3-8B.sh", "fp8", Layout(), "cpu")
 GROUPS = Finding(

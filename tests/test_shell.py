@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from harness.finding import Finding, Severity
 from harness.shell import MAX_BYTES, MAX_CODE, Script, Word, read_script
-from harness.shell_expand import MAX_EXPANDED
-from harness.shell_syntax import MAX_DEPTH
+from harness.shell.expand import MAX_EXPANDED
+from harness.shell.syntax import MAX_DEPTH
 
 ONLY = "is refused: a preset may only assign variables"
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from harness.architecture import Architecture, architecture
 from harness.arguments import Arguments, resolve
-from harness.invariants import check_invariants
-from harness.invariants_mixers import group_split
 from harness.inventory import counts
 from harness.layout import Layout
 from harness.preset import PresetFile, discover, load_preset
 from harness.shrink import shrink
+from harness.shrink.invariants import check_invariants
+from harness.shrink.invariants_mixers import group_split
 
 PRESETS = discover(Path(__file__).parent.parent / "presets")
 LAYOUTS = [Layout(tp=tp, etp=tp) for tp in (1, 2, 4, 8)]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.walk import shortest_walk
+from harness.shrink.walk import shortest_walk
 
 
 def at_least(least: int, multiple: int = 1):  # type: ignore[no-untyped-def]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from harness.finding import Finding
 
 if TYPE_CHECKING:
-    from harness.arguments import Arguments
+    from harness.arguments.values import Arguments
 
 
 def experts(a: Arguments) -> Iterator[Finding]:

@@ -7,9 +7,9 @@ from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from harness.architecture import NotAModel, layer_symbols, moe_layers, no_rope_layers, windowed_layers
-from harness.invariants import evenly_staged, layer_kinds, pipeline_stages
 from harness.layers import Attention, MoE
-from harness.walk import shortest_walk
+from harness.shrink.invariants import evenly_staged, layer_kinds, pipeline_stages
+from harness.shrink.walk import shortest_walk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

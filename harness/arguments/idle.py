@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from harness.arguments.kinds import has_layer, is_hybrid, rotary
 from harness.finding import Finding, Severity
 from harness.flags import defaults
-from harness.kinds import has_layer, is_hybrid, rotary
 
 if TYPE_CHECKING:
-    from harness.arguments import Arguments
+    from harness.arguments.values import Arguments
 
 Values = Mapping[str, Any]
 

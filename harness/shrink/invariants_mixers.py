@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from harness.dimensions import order, ratio
+from harness.shrink.dimensions import order, ratio
 
 if TYPE_CHECKING:
     from collections.abc import Callable

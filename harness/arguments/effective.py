@@ -12,9 +12,9 @@ from enum import Enum
 from typing import Any
 
 from harness.architecture import NotAModel, layer_symbols, moe_layers, no_rope_layers, windowed_layers
-from harness.arguments import Arguments
-from harness.idle import IDLE
-from harness.kinds import has_layer, is_hybrid, rotary
+from harness.arguments.idle import IDLE
+from harness.arguments.kinds import has_layer, is_hybrid, rotary
+from harness.arguments.values import Arguments
 
 Values = Mapping[str, Any]
 

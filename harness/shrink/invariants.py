@@ -12,7 +12,8 @@ from itertools import combinations, pairwise
 from math import gcd
 from typing import TYPE_CHECKING
 
-from harness.dimensions import (
+from harness.rank import UnevenStages, stages
+from harness.shrink.dimensions import (
     COINCIDENTAL,
     FP4_BLOCK,
     dimensions,
@@ -23,15 +24,14 @@ from harness.dimensions import (
     order,
     ratio,
 )
-from harness.invariants_mixers import attention_width, heads, latent_attention, linear_attention
-from harness.rank import UnevenStages, stages
+from harness.shrink.invariants_mixers import attention_width, heads, latent_attention, linear_attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from harness.architecture import Architecture
-    from harness.invariants_mixers import Judgement
     from harness.layout import Layout
+    from harness.shrink.invariants_mixers import Judgement
 
 # The arguments that shrinking may change; S11 holds every other one fixed.
 SIZE_ARGUMENTS = frozenset(

@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from harness.arguments.idle import idle
+from harness.arguments.kinds import has_layer, is_hybrid, main_pattern
+from harness.arguments.validation_moe import experts, groups_of_experts, routing
 from harness.finding import Finding, Severity
-from harness.idle import idle
-from harness.kinds import has_layer, is_hybrid, main_pattern
-from harness.validation_moe import experts, groups_of_experts, routing
 
 if TYPE_CHECKING:
-    from harness.arguments import Arguments
+    from harness.arguments.values import Arguments
 
 _POSITIVE = (
     "num_layers",

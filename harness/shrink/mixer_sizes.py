@@ -10,11 +10,11 @@ from itertools import islice
 from math import gcd
 from typing import TYPE_CHECKING
 
-from harness.dimensions import BLOCK, FP4_BLOCK, Dimension, mixer_dimensions, mixer_sizes
-from harness.invariants import same_equalities
-from harness.invariants_mixers import attention_split, delta_key, mamba_split, near, whole_per_rank
-from harness.layer_sizes import few
 from harness.layers import Attention, GatedDeltaNet, LatentAttention, Mamba, Mixer
+from harness.shrink.dimensions import BLOCK, FP4_BLOCK, Dimension, mixer_dimensions, mixer_sizes
+from harness.shrink.invariants import same_equalities
+from harness.shrink.invariants_mixers import attention_split, delta_key, mamba_split, near, whole_per_rank
+from harness.shrink.layer_sizes import few
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -13,10 +13,10 @@ from itertools import groupby, islice
 from math import ceil, gcd
 from typing import TYPE_CHECKING
 
-from harness.dimensions import BLOCK, COINCIDENTAL, mixers, named_sizes, order
-from harness.invariants_mixers import near
 from harness.layers import LatentAttention, Mamba, Mixer
-from harness.mixer_sizes import (
+from harness.shrink.dimensions import BLOCK, COINCIDENTAL, mixers, named_sizes, order
+from harness.shrink.invariants_mixers import near
+from harness.shrink.mixer_sizes import (
     SmallMixer,
     Wanted,
     distance,

@@ -15,9 +15,9 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
 
+from harness.arguments.validation import faults
 from harness.finding import Finding, Severity
 from harness.flags import Flag, defaults, flag_table
-from harness.validation import faults
 
 
 class How(StrEnum):

@@ -15,7 +15,7 @@ from enum import Enum, auto
 
 from tree_sitter import Node
 
-from harness.shell_source import Source
+from harness.shell.source import Source
 
 MAX_EXPANDED = 1 << 20  # characters that the expansions of one file may copy, all together
 MAX_TERMS = 200  # numbers, names and operators in one arithmetic expansion

@@ -11,10 +11,10 @@ from itertools import islice
 from math import gcd
 from typing import TYPE_CHECKING, Any
 
-from harness.dimensions import BLOCK
-from harness.invariants import ffn_ratio_kept
 from harness.layers import Dense, MoE
-from harness.mixer_sizes import same_class
+from harness.shrink.dimensions import BLOCK
+from harness.shrink.invariants import ffn_ratio_kept
+from harness.shrink.mixer_sizes import same_class
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

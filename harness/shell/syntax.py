@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 from tree_sitter import Node
 
-from harness.shell_expand import BLANKS, ONLY, Refused, is_lone_dollar, parameter
-from harness.shell_source import Source
+from harness.shell.expand import BLANKS, ONLY, Refused, is_lone_dollar, parameter
+from harness.shell.source import Source
 
 MAX_DEPTH = 50  # levels of the syntax tree; a preset has about ten
 

@@ -18,7 +18,7 @@ import tree_sitter_bash
 from tree_sitter import Node
 
 from harness.finding import Finding, Severity
-from harness.shell_expand import (
+from harness.shell.expand import (
     BLANKS,
     INTEGER,
     NAME,
@@ -29,8 +29,8 @@ from harness.shell_expand import (
     Refused,
     Value,
 )
-from harness.shell_source import Source, join_lines
-from harness.shell_syntax import syntax_faults
+from harness.shell.source import Source, join_lines
+from harness.shell.syntax import syntax_faults
 
 # What Megatron-LM's scripts expand on the command line, in this order.
 ARGUMENT_VARIABLES = ("MODEL_ARGS", "MLM_EXTRA_ARGS")

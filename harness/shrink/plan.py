@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from harness.architecture import Architecture, architecture
-from harness.dimensions import COINCIDENTAL, equality_kept, head_sizes, named_sizes
-from harness.frames import Frame, tiers
-from harness.free_sizes import FreeSize, free_sizes
-from harness.invariants import SIZE_ARGUMENTS, Invariant, check_invariants
-from harness.layer_sizes import expert_choices, layer_changes
 from harness.layers import Dense, MoE
-from harness.mixer_sizes import SmallMixer, matrix_elements
+from harness.shrink.dimensions import COINCIDENTAL, equality_kept, head_sizes, named_sizes
+from harness.shrink.frames import Frame, tiers
+from harness.shrink.free_sizes import FreeSize, free_sizes
+from harness.shrink.invariants import SIZE_ARGUMENTS, Invariant, check_invariants
+from harness.shrink.layer_sizes import expert_choices, layer_changes
+from harness.shrink.mixer_sizes import SmallMixer, matrix_elements
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
