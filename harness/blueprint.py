@@ -1,4 +1,4 @@
-"""Blueprint: a preset's architecture and shrink plan -> what ``harness list``, ``show`` and ``audit`` print.
+"""Blueprint: a preset's architecture and shrink plan -> what ``harness list`` and ``show`` print.
 
 Full size beside shrunken, then invariant by invariant.
 """
@@ -11,16 +11,12 @@ from typing import Any
 
 from harness.architecture import Architecture, NotAModel, architecture
 from harness.arguments import flag_for
-from harness.audit import audit
 from harness.case import CaseReport
 from harness.facts import facts_beside
-from harness.finding import has_errors
 from harness.inventory import counts
-from harness.layout import Layout
 from harness.messages import aligned, lint_line
 from harness.pipeline import with_vocabulary
 from harness.preset import PresetFile, load_preset
-from harness.recipes import Recipe
 from harness.shrink import ShrinkPlan
 from harness.shrink.invariants import counted_kinds
 
@@ -110,31 +106,6 @@ def _heads(entry: dict[str, Any]) -> str:
     if entry["attention"] == "latent":
         return f"{entry['num_attention_heads']} latent"
     return f"{entry['num_attention_heads']}:{entry['num_query_groups']}"
-
-
-def audit_text(files: Sequence[PresetFile], layouts: Sequence[Layout], recipes: Sequence[Recipe]) -> str:
-    """Parameter counts, and per recipe how many input dimensions it pads, at full size."""
-    header = ("preset", "layout", "parameters", "active", *(recipe.name for recipe in recipes))
-    rows = []
-    for file in files:
-        full = full_size(file)
-        for layout in layouts:
-            if full is None:
-                cells = ["unreadable", ""] + [""] * len(recipes)
-            else:
-                counted = counts(full)
-                cells = [f"{counted.total:,}", f"{counted.active:,}"]
-                cells += [_padded(full, layout, recipe) for recipe in recipes]
-            rows.append((file.name, str(layout), *cells))
-    return "\n".join(aligned(header, rows, right="parameters active"))
-
-
-def _padded(full: Architecture, layout: Layout, recipe: Recipe) -> str:
-    """How many input dimensions the recipe pads; a layout that Megatron or ModelOpt refuses pads nothing."""
-    findings = audit(full, None, layout, recipe).findings
-    if has_errors(findings):
-        return "refused"
-    return f"{len(findings)} padded" if findings else "ok"
 
 
 def show_text(report: CaseReport, plan: ShrinkPlan | None) -> str:

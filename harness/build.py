@@ -58,6 +58,8 @@ _NEEDS_TE = "the fused kernel is Transformer Engine's; the plain one computes th
 OVERRIDES: tuple[Override, ...] = (
     Override("tensor_model_parallel_size", lambda layout: layout.tp, _ONE_RANK),
     Override("pipeline_model_parallel_size", lambda layout: layout.pp, _ONE_RANK),
+    Override("decoder_first_pipeline_num_layers", lambda layout: layout.first, _ONE_RANK),
+    Override("decoder_last_pipeline_num_layers", lambda layout: layout.last, _ONE_RANK),
     Override("context_parallel_size", lambda layout: layout.cp, _ONE_RANK),
     Override("expert_model_parallel_size", lambda layout: layout.ep, _ONE_RANK),
     Override("expert_tensor_parallel_size", lambda layout: layout.etp, _ONE_RANK),
@@ -211,7 +213,8 @@ def build_model(
     model = build(architecture, config, layout)
     # Megatron's get_model moves the model to the device and wraps it in Float16Module, which does this.
     model = model.to(device).bfloat16().eval()
-    fill(model, seed)
+    if device.type != "meta":
+        fill(model, seed)
     return model
 
 
@@ -223,6 +226,7 @@ def _gpt_model(architecture: Architecture, config: TransformerConfig, layout: La
         transformer_layer_spec=_gpt_spec(architecture, config, layout),
         rope_scaling=architecture.arguments["use_rope_scaling"],
         **_ends(architecture),
+        **_stage(),
     )
 
 
@@ -254,6 +258,7 @@ def _hybrid_model(architecture: Architecture, config: TransformerConfig, layout:
         # The pattern's own pipeline stages make way for the layout's.
         hybrid_layer_pattern=layer_symbols(pattern) if layout.pp == 1 else pattern,
         **_ends(architecture),
+        **_stage(),
     )
 
 
@@ -269,6 +274,16 @@ def _ends(architecture: Architecture) -> dict[str, Any]:
         "position_embedding_type": arguments["position_embedding_type"],
         "rotary_percent": arguments["rotary_percent"],
         "rotary_base": arguments["rotary_base"],
+    }
+
+
+def _stage() -> dict[str, bool]:
+    """Which ends of the model the pipeline stage of this rank holds."""
+    from megatron.core import parallel_state
+
+    return {
+        "pre_process": parallel_state.is_pipeline_first_stage(),
+        "post_process": parallel_state.is_pipeline_last_stage(),
     }
 
 

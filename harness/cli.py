@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from harness import blueprint, messages, pipeline, report
+from harness import audit_table, blueprint, messages, pipeline, report
 from harness.case import Case, CaseReport, Outcome
 from harness.devices import resolve_device, worker_count
 from harness.errors import HarnessError, UsageError
@@ -136,18 +136,26 @@ def audit(
     presets: Tree = None,
     json_: Json = None,
 ) -> None:
-    """Full-size table: parameter counts, and what each recipe pads."""
-    recipes, layouts = recipes_named(recipe or ["all"]), layouts_named(layout or [])
+    """Full-size table of layouts x recipes: weights per rank, what is refused, what blocks do not divide.
+
+    What a layout refuses is an answer, no fault of the preset: it does not make the exit code 1.
+    """
+    recipes = recipes_named(recipe or ["all"])
+    layouts = layouts_named(layout or audit_table.DEFAULT_LAYOUTS)
     found = _find(names or [], presets)
-    reports = [
-        pipeline.lint(file, sizes, entry) for file in found.files for sizes in layouts for entry in recipes
-    ]
+    reports = [pipeline.lint(file) for file in found.files]
+    models = {file.name: blueprint.full_size(file) for file in found.files}
+    readable = {name: full for name, full in models.items() if full is not None}
+    rows = audit_table.audit_rows(readable, layouts, recipes)
     blocks = (
-        blueprint.audit_text(found.files, layouts, recipes),
+        audit_table.audit_text(rows, recipes, [name for name in models if name not in readable]),
         messages.errors_text(reports),
         messages.warnings_text(reports),
     )
-    _finish("\n\n".join(filter(None, blocks)), reports, json_, found)
+    others = not_checked_json(found.not_checked)
+    document = report.to_json(reports) | {"audit": audit_table.audit_json(rows), "not_checked": others}
+    _deliver(_with_others("\n\n".join(filter(None, blocks)), found), document, json_)
+    raise typer.Exit(report.exit_code(reports))
 
 
 @app.command()

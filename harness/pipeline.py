@@ -9,119 +9,33 @@ torch is imported by the stages that need it, so that linting stays light.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
 
-from harness.activations import activations
 from harness.architecture import Architecture, NotAModel, architecture
 from harness.arguments import Arguments, How, Origin
 from harness.arguments.modelled import unmodelled
 from harness.audit import audit
-from harness.case import (
-    STAGES,
-    Case,
-    CaseReport,
-    Outcome,
-    ShrinkReport,
-    StageReport,
-    StandInReport,
-)
-from harness.errors import UnsupportedModel, UsageError
+from harness.case import Case, CaseReport, Outcome, ShrinkReport
+from harness.errors import UsageError
 from harness.finding import Finding, Severity, has_errors
-from harness.inventory import counts, parameters
+from harness.inventory import counts
 from harness.layout import Layout
+from harness.layout_rules import broken_limits
 from harness.preset import PresetFile, load_preset
 from harness.recipes import Recipe, find_recipe
 from harness.reference import Facts, compare, compare_checkpoint, facts_beside
-from harness.shrink import NoPlan, ShrinkPlan, shrink
+from harness.shrink import ShrinkPlan
 from harness.shrink.invariants import SIZE_ARGUMENTS
-
-if TYPE_CHECKING:
-    import torch
-
-# The stages without whose result each stage has nothing to work on.
-NEEDS: Mapping[str, tuple[str, ...]] = {
-    "parse": (),
-    "reference": ("parse",),
-    "audit": ("parse",),
-    "config": ("audit",),
-    "shrink": ("audit",),
-    "build": ("config", "shrink"),
-    "forward": ("build",),
-    "quantize": ("forward",),
-}
-
-
-# Parameters of a plan per rank: a preset is untrusted, and one with an absurd size must not eat the
-# machine. The plans of published models have less than a tenth of it.
-MOST_PARAMETERS = 1 << 30
-
-
-@dataclass
-class _Run:
-    """One case while its stages run; becomes a CaseReport and never leaves this module."""
-
-    stages: list[StageReport] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-    blocked: set[str] = field(default_factory=set)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[_Stage]:
-        """Run one stage; an exception out of it is the harness's own."""
-        stage = _Stage(name)
-        start = perf_counter()
-        yield stage
-        self.findings.extend(stage.findings)
-        outcome = Outcome.FAILED if has_errors(stage.findings) else Outcome.PASSED
-        self.stages.append(StageReport(name, outcome, perf_counter() - start, stage.detail))
-        if not stage.usable:
-            self.blocked.add(name)
-
-    def can(self, name: str) -> bool:
-        """Whether ``name`` can run; where it cannot, it is reported as skipped, with the reason."""
-        for needed in _all_needs(name):
-            if needed in self.blocked:
-                reason = f"{needed} gave nothing to go on with"
-                self.stages.append(StageReport(name, Outcome.SKIPPED, 0.0, reason))
-                return False
-        return True
-
-
-def _all_needs(name: str) -> Iterator[str]:
-    """What a stage needs, and what that needs, earliest stage first."""
-    needs = set(NEEDS[name])
-    while wider := {more for need in needs for more in NEEDS[need]} - needs:
-        needs |= wider
-    return (stage for stage in STAGES if stage in needs)
-
-
-@dataclass
-class _Stage:
-    name: str
-    findings: list[Finding] = field(default_factory=list)
-    detail: str = ""
-    usable: bool = True
-
-    @contextmanager
-    def foreign(self) -> Iterator[None]:
-        """Call Megatron or ModelOpt: what they raise is a finding, and the stage of no further use."""
-        try:
-            yield
-        except (UsageError, UnsupportedModel):
-            raise
-        except Exception as error:
-            self.findings.append(_raised(self.name, error))
-            self.usable = False
+from harness.small_model import SmallModel, shrink_stage
+from harness.stages import Run
 
 
 def lint(file: PresetFile, layout: Layout | None = None, recipe: Recipe | None = None) -> CaseReport:
     """The stages that need no torch and no GPU: parse, reference, audit."""
     start = perf_counter()
-    run = _Run()
+    run = Run()
     _read(run, file, layout or Layout(), recipe)
     case = Case(file.name, str(file.path), recipe.name if recipe else "", layout or Layout(), "")
     return CaseReport(case, _outcome(run), perf_counter() - start, tuple(run.stages), tuple(run.findings))
@@ -130,8 +44,8 @@ def lint(file: PresetFile, layout: Layout | None = None, recipe: Recipe | None =
 def blueprint(file: PresetFile, layout: Layout) -> tuple[CaseReport, ShrinkPlan | None]:
     """What ``harness show`` prints: the torch-free stages and the shrink plan."""
     start = perf_counter()
-    run = _Run()
-    plan = _shrink(run, _read(run, file, layout, None), layout)
+    run = Run()
+    plan = shrink_stage(run, _read(run, file, layout, None), layout)
     case = Case(file.name, str(file.path), "", layout, "")
     report = CaseReport(case, _outcome(run), perf_counter() - start, tuple(run.stages), tuple(run.findings))
     return replace(report, shrink=_shrink_report(plan)), plan
@@ -143,7 +57,7 @@ def check(case: Case) -> CaseReport:
     An exception in the harness itself is reported with outcome ``error`` and its traceback as log.
     """
     start = perf_counter()
-    run = _Run()
+    run = Run()
     try:
         report = _check(run, case)
     except UsageError:
@@ -155,10 +69,10 @@ def check(case: Case) -> CaseReport:
     return replace(report, seconds=perf_counter() - start)
 
 
-def _check(run: _Run, case: Case) -> CaseReport:
+def _check(run: Run, case: Case) -> CaseReport:
     recipe = find_recipe(case.recipe)
     full = _read(run, PresetFile(case.preset, Path(case.path)), case.layout, recipe)
-    model = _Model(run, case, recipe, full)
+    model = SmallModel(run, case, recipe, full)
     model.run_stages()
     return CaseReport(
         case=case,
@@ -175,7 +89,7 @@ def _check(run: _Run, case: Case) -> CaseReport:
 # ---- the stages without torch ----
 
 
-def _read(run: _Run, file: PresetFile, layout: Layout, recipe: Recipe | None) -> Architecture | None:
+def _read(run: Run, file: PresetFile, layout: Layout, recipe: Recipe | None) -> Architecture | None:
     """parse, reference and audit; the full-size architecture, where the file describes one."""
     with run.stage("parse") as stage:
         preset = load_preset(file)
@@ -209,6 +123,8 @@ def _read(run: _Run, file: PresetFile, layout: Layout, recipe: Recipe | None) ->
                 result = audit(full, facts.params if facts else None, layout, recipe)
                 stage.findings.extend(result.findings)
                 stage.detail = result.detail
+                # What cannot run at this layout is not built, and its plan would be another model's.
+                stage.usable = not broken_limits(full, layout)
     return full
 
 
@@ -245,28 +161,6 @@ def _assume(arguments: Arguments, size: int, because: str) -> Arguments:
     return replace(replaced, origins={**replaced.origins, "padded_vocab_size": origin})
 
 
-def _shrink(run: _Run, full: Architecture | None, layout: Layout) -> ShrinkPlan | None:
-    plan = None
-    if run.can("shrink"):
-        with run.stage("shrink") as stage:
-            assert full is not None
-            try:
-                plan = shrink(full, layout)
-            except NoPlan as error:
-                stage.findings.append(Finding("shrink", Severity.ERROR, str(error)))
-                stage.usable = False
-                return None
-            total, most = counts(plan.after).total, MOST_PARAMETERS * layout.world_size
-            if total > most:
-                message = f"the smallest plan has {total:,} parameters, more than {most:,}: "
-                message += "some size is out of proportion to the others"
-                stage.findings.append(Finding("shrink", Severity.ERROR, message))
-                stage.usable = False
-                return None
-            stage.detail = f"{total:,} parameters, S1 to S12 kept"
-    return plan
-
-
 def _shrink_report(plan: ShrinkPlan | None) -> ShrinkReport | None:
     if plan is None:
         return None
@@ -278,116 +172,5 @@ def _shrink_report(plan: ShrinkPlan | None) -> ShrinkReport | None:
     return ShrinkReport(sizes(plan.before), sizes(plan.after), plan.invariants)
 
 
-# ---- the stages with torch ----
-
-
-class _Model:
-    """config, shrink, build, forward and quantize of one case."""
-
-    def __init__(self, run: _Run, case: Case, recipe: Recipe, full: Architecture | None) -> None:
-        self.run, self.case, self.recipe, self.full = run, case, recipe, full
-        self.plan: ShrinkPlan | None = None
-        self.stand_ins: tuple[StandInReport, ...] = ()
-        self.log = ""
-        self.quantize_log = ""
-
-    def run_stages(self) -> None:
-        if self.full is None:
-            for name in STAGES[STAGES.index("config") :]:
-                self.run.can(name)
-            return
-        from harness.devices import torch_device
-        from harness.standins import installed
-        from harness.standins.output import captured
-
-        device = torch_device(self.case.device)
-        with captured() as log, installed(device, self.full) as stand_ins:
-            self.stand_ins = stand_ins
-            try:
-                self._config(device)
-                self.plan = _shrink(self.run, self.full, self.case.layout)
-                self._in_world(device)
-            finally:
-                self.log = log.getvalue() + self.quantize_log
-
-    def _config(self, device: torch.device) -> None:
-        from harness.build import transformer_config
-
-        with self.run.stage("config") as stage:
-            assert self.full is not None
-            arguments = self.full.arguments
-            try:
-                with stage.foreign():
-                    transformer_config(arguments.values, self.case.layout, device)
-            except UnsupportedModel as error:
-                stage.findings.append(arguments.finding(error.dest, str(error), stage="config"))
-                stage.usable = False
-            if stage.usable:
-                stage.detail = "Megatron accepts the full size"
-
-    def _in_world(self, device: torch.device) -> None:
-        if self.plan is None or "config" in self.run.blocked:
-            for name in ("build", "forward", "quantize"):
-                self.run.can(name)
-            return
-        from harness.world import open_world
-
-        with open_world(self.case.layout, device):
-            self._build(device, self.plan.after)
-
-    def _build(self, device: torch.device, small: Architecture) -> None:
-        from harness.build import build_model, compare_parameters, parameter_shapes, refused
-
-        model: Any = None
-        with self.run.stage("build") as stage:
-            expected = parameters(small)
-            with stage.foreign():
-                model = build_model(small, self.case.layout, device)
-            stage.findings.extend(refused(small, self.case.layout, device))
-            if stage.usable:
-                stage.findings.extend(compare_parameters(expected, parameter_shapes(model)))
-                stage.detail = f"{len(expected)} parameters as in the inventory"
-        if self.run.can("forward"):
-            self._forward(device, small, model)
-        if self.run.can("quantize"):
-            self._quantize(device, small, model)
-
-    def _forward(self, device: torch.device, small: Architecture, model: Any) -> None:
-        from harness import trace
-
-        length = trace.sequence_length(small)
-        tokens = trace.token_ids(small.padded_vocab_size, trace.BATCH_SIZE, length, device)
-        with self.run.stage("forward") as stage:
-            expected = activations(small, sequence_length=length, batch_size=trace.BATCH_SIZE)
-            with stage.foreign(), trace.recording(model) as recorder:
-                logits = trace.forward(model, tokens)
-            # Where the pass raised, the trace up to there says first which shapes parted.
-            stage.findings[:0] = trace.compare_trace(expected, recorder.trace())
-            if stage.usable:
-                stage.findings.extend(trace.check_logits(logits, tokens, small.padded_vocab_size))
-                stage.detail = f"{len(expected)} modules as planned, logits finite"
-
-    def _quantize(self, device: torch.device, small: Architecture, model: Any) -> None:
-        from harness.quantize import quantize
-
-        with self.run.stage("quantize") as stage:
-            result = None
-            with stage.foreign():
-                result = quantize(model, self.recipe, small, device)
-            if result is not None:
-                stage.findings.extend(result.findings)
-                error = "no error measured" if result.error is None else f"relative error {result.error:.3g}"
-                stage.detail = f"{len(result.matrices)} matrices, {result.quantizers} quantizers, {error}"
-                self.quantize_log = result.log
-
-
-def _raised(stage: str, error: Exception) -> Finding:
-    """What Megatron or ModelOpt raised, its type and text kept, and where."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" (in {Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].name})" if frames else ""
-    kind = type(error).__name__
-    return Finding(stage, Severity.ERROR, f"raised {kind}: {error}{where}", actual=f"{kind}: {error}")
-
-
-def _outcome(run: _Run) -> Outcome:
+def _outcome(run: Run) -> Outcome:
     return Outcome.FAILED if has_errors(run.findings) else Outcome.PASSED

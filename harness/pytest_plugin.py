@@ -26,7 +26,14 @@ from harness.layout import Layout
 from harness.messages import failure_text, stand_ins_text, warnings_text
 from harness.recipes import Recipe
 from harness.report import from_json, stand_ins, to_json
-from harness.selection import DEFAULT_TIMEOUT, cases_of, layouts_named, not_checked_text, recipes_named
+from harness.selection import (
+    DEFAULT_TIMEOUT,
+    cases_of,
+    layouts_named,
+    not_checked_text,
+    recipes_named,
+    runnable,
+)
 from harness.tree import Kind, NotChecked, leads_back, preset_at, survey, what_it_is
 
 if TYPE_CHECKING:
@@ -83,7 +90,7 @@ def _wanted(config: pytest.Config) -> Wanted:
         places = _places(config)
     return Wanted(
         recipes_named(config.getoption("recipe")),
-        layouts_named(config.getoption("layout")),
+        tuple(runnable(layouts_named(config.getoption("layout")))),
         resolve_device(device),
         config.getoption("case_timeout"),
         tuple(map(Path, places)),

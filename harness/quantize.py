@@ -21,6 +21,7 @@ from torch import nn
 
 from harness.build import by, short
 from harness.finding import Finding, Severity
+from harness.layout import Layout
 from harness.recipes import Format, Recipe
 from harness.rounding import check_off, check_output, products, relative_error
 from harness.routing import TokenCount, forward_along, forward_and_routes
@@ -40,6 +41,8 @@ from modelopt.torch.quantization.nn import (  # noqa: E402
 
 if TYPE_CHECKING:
     from harness.architecture import Architecture
+
+_ONE_RANK = Layout()
 
 # Calibration tokens that each expert sees on average, tried in this order until every one sees
 # LEAST_TOKENS: routing by random weights is uneven, and an algorithm that searches, as AWQ does, runs
@@ -73,13 +76,15 @@ def quantize(
     device: torch.device,
     seed: int = 1234,
     config: Mapping[str, Any] | None = None,
+    layout: Layout = _ONE_RANK,
 ) -> Quantization:
     """Quantize ``model`` in place and check every part of the result.
 
-    ``config`` is the ModelOpt config to apply, the recipe's own unless given. What ModelOpt raises
-    comes through. Nothing reaches the terminal.
+    ``config`` is the ModelOpt config to apply, the recipe's own unless given. Of one rank of a larger
+    layout the others are simulated, and only what does not hang on their numbers is checked: formats,
+    that every quantizer saw data, shapes. What ModelOpt raises comes through. Nothing reaches the terminal.
     """
-    calibration = calibration_tokens(model, architecture, device, seed)
+    calibration = calibration_tokens(model, architecture, device, seed, layout)
     # Calibration has seen what is measured: a value beyond the calibrated range would be clipped,
     # and the error would say more about the draw of tokens than about the recipe.
     tokens = calibration[:BATCH_SIZE]
@@ -95,32 +100,40 @@ def quantize(
         after = forward_along(model, tokens, routes)
         with quantizers_off(model):
             off = forward_along(model, tokens, routes)
-    findings = (
-        *check_experts(seen.by_expert, calibration.numel()),
+    simulated = layout.world_size > 1
+    findings = [
         *check_unknown(unknown),
         *check_matrices(model, recipe, matrices),
-        *check_amax(model),
-        *check_scales(model, recipe, matrices),
-        *check_output(recipe, products(architecture), before, after),
-        *check_off(recipe, products(architecture), before, off),
-    )
+        *check_amax(model, values=not simulated),
+        *check_scales(model, recipe, matrices, values=not simulated),
+    ]
+    if simulated:
+        findings.extend(check_same_shape(before, after))
+    else:
+        findings.extend(check_experts(seen.by_expert, calibration.numel()))
+        findings.extend(check_output(recipe, products(architecture), before, after))
+        findings.extend(check_off(recipe, products(architecture), before, off))
     return Quantization(
         recipe=recipe.name,
         matrices=matrices,
         quantizers=sum(quantizer.is_enabled for _, quantizer in _quantizers(model)),
         tokens=calibration.numel(),
-        error=relative_error(before, after),
-        error_when_off=relative_error(before, off),
-        findings=findings,
+        error=None if simulated else relative_error(before, after),
+        error_when_off=None if simulated else relative_error(before, off),
+        findings=tuple(findings),
         log=log.getvalue(),
     )
 
 
 def calibration_tokens(
-    model: nn.Module, architecture: Architecture, device: torch.device, seed: int
+    model: nn.Module,
+    architecture: Architecture,
+    device: torch.device,
+    seed: int,
+    layout: Layout = _ONE_RANK,
 ) -> torch.Tensor:
     """Token ids, [batch, sequence], of which every expert of the unquantized model sees a few."""
-    length, experts = sequence_length(architecture), architecture.moe
+    length, experts = sequence_length(architecture, layout), architecture.moe
     share = experts.num_experts / experts.moe_router_topk if experts else 0
     for times in TOKENS_PER_EXPERT:
         batch = max(BATCH_SIZE, math.ceil(times * share / length))
@@ -130,7 +143,8 @@ def calibration_tokens(
             break
         with torch.no_grad():
             count.forward(model, tokens)
-        if min(count.by_expert.values()) >= LEAST_TOKENS:
+        # A pipeline stage may hold dense layers only.
+        if min(count.by_expert.values(), default=LEAST_TOKENS) >= LEAST_TOKENS:
             break
     return tokens
 
@@ -268,12 +282,15 @@ def _spelt(stages: Sequence[Format]) -> str:
     return ", then ".join(map(str, stages)) or "off"
 
 
-def check_amax(model: nn.Module) -> tuple[Finding, ...]:
-    """A finding for every quantizer that is on, needs calibration and has no finite positive amax."""
-    return tuple(_bad_amax(model))
+def check_amax(model: nn.Module, values: bool = True) -> tuple[Finding, ...]:
+    """A finding for every quantizer that is on, needs calibration and has no finite positive amax.
+
+    Without ``values`` any amax will do.
+    """
+    return tuple(_bad_amax(model, values))
 
 
-def _bad_amax(model: nn.Module) -> Iterator[Finding]:
+def _bad_amax(model: nn.Module, values: bool) -> Iterator[Finding]:
     for name, quantizer in _quantizers(model):
         if not quantizer.is_enabled or not _needs_amax(quantizer):
             continue
@@ -281,8 +298,8 @@ def _bad_amax(model: nn.Module) -> Iterator[Finding]:
         amax = getattr(quantizer, "_amax", None)
         if amax is None:
             yield _finding(module, f"{attribute} has no amax: it never saw data", "a positive amax", None)
-            continue
-        yield from _not_positive(module, f"{attribute} amax", amax)
+        elif values:
+            yield from _not_positive(module, f"{attribute} amax", amax)
 
 
 def _needs_amax(quantizer: TensorQuantizer) -> bool:
@@ -290,12 +307,17 @@ def _needs_amax(quantizer: TensorQuantizer) -> bool:
     return not (quantizer.is_mx_format or quantizer._dynamic or constant)
 
 
-def check_scales(model: nn.Module, recipe: Recipe, matrices: Sequence[str]) -> tuple[Finding, ...]:
-    """Findings where a recipe that folds scales left a matrix without one per input, finite and positive."""
-    return tuple(_bad_scales(model, matrices)) if recipe.folds_scales else ()
+def check_scales(
+    model: nn.Module, recipe: Recipe, matrices: Sequence[str], values: bool = True
+) -> tuple[Finding, ...]:
+    """Findings where a recipe that folds scales left a matrix without one per input, finite and positive.
+
+    Without ``values`` any number will do.
+    """
+    return tuple(_bad_scales(model, matrices, values)) if recipe.folds_scales else ()
 
 
-def _bad_scales(model: nn.Module, matrices: Sequence[str]) -> Iterator[Finding]:
+def _bad_scales(model: nn.Module, matrices: Sequence[str], values: bool) -> Iterator[Finding]:
     for name in matrices:
         module = model.get_submodule(name)
         scale = getattr(getattr(module, "input_quantizer", None), "pre_quant_scale", None)
@@ -306,8 +328,17 @@ def _bad_scales(model: nn.Module, matrices: Sequence[str]) -> Iterator[Finding]:
         elif scale.numel() != expected[0]:
             what = f"pre_quant_scale is {by(tuple(scale.shape))}, expected {by(expected)}"
             yield _finding(name, what, expected, tuple(scale.shape))
-        else:
+        elif values:
             yield from _not_positive(name, "pre_quant_scale", scale)
+
+
+def check_same_shape(before: torch.Tensor, after: torch.Tensor) -> tuple[Finding, ...]:
+    """A finding where the quantized model's output has another shape than the unquantized one's."""
+    expected, actual = tuple(before.shape), tuple(after.shape)
+    if expected == actual:
+        return ()
+    what = f"the quantized model's output is {by(actual)}, expected {by(expected)}"
+    return (_finding(None, what, expected, actual),)
 
 
 def _not_positive(module: str | None, what: str, values: torch.Tensor) -> Iterator[Finding]:

@@ -51,12 +51,15 @@ class UnevenStages(ValueError):
 
 
 def stages(num_layers: int, layout: Layout, pattern: str | None = None) -> tuple[range, ...]:
-    """The layers of each pipeline stage, by index. Raises UnevenStages where Megatron would refuse.
+    """The layers of each pipeline stage, by index.
 
-    ``pattern`` is a hybrid model's, whose ``|`` decide where they are there.
+    ``pattern`` is a hybrid model's, whose ``|`` decide where they are there; at pp1 they make way, and all
+    layers are one stage. Raises UnevenStages where Megatron refuses (``get_num_layers_to_build``,
+    ``TransformerConfig``, ``select_pipeline_segment``), and for a first or last stage of more layers than
+    the model has, of which Megatron would build them all the same.
     """
     main = (pattern or "").partition("/")[0]
-    if "|" in main:
+    if "|" in main and layout.pp > 1:
         return _marked(main, layout)
     sizes = _sizes(num_layers, layout)
     starts = [sum(sizes[:stage]) for stage in range(layout.pp)]

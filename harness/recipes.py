@@ -51,8 +51,17 @@ class Recipe:
     @property
     def block_sizes(self) -> tuple[int, ...]:
         """Sizes that the input dimension of a weight must be a multiple of, without repeats, ascending."""
+        return tuple(sorted({f.block_size for f in self.blocked_formats if f.block_size is not None}))
+
+    @property
+    def blocked_formats(self) -> tuple[Format, ...]:
+        """The formats of weights and inputs with blocks, each block size once, those of weights first."""
         formats = (*self.weights, *((self.inputs,) if self.inputs else ()))
-        return tuple(sorted({f.block_size for f in formats if f.block_size is not None}))
+        by_size: dict[int, Format] = {}
+        for entry in formats:
+            if entry.block_size is not None:
+                by_size.setdefault(entry.block_size, entry)
+        return tuple(by_size.values())
 
 
 _E4M3 = Format((4, 3))

@@ -38,9 +38,10 @@ def layouts_named(texts: Iterable[str]) -> tuple[Layout, ...]:
 def runnable(layouts: Sequence[Layout]) -> Sequence[Layout]:
     """``layouts``, where every one can be run. Raises UnknownLayout before anything heavy is imported."""
     for layout in layouts:
-        if layout.world_size > 1:
+        if layout.cp > 1:
             raise UnknownLayout(
-                f"layout {layout} needs {layout.world_size} ranks; cases run on one rank yet, only tp1 "
+                f"layout {layout} has cp{layout.cp}: context parallelism needs Transformer Engine's "
+                "attention and a GPU for each rank, and a case runs one rank at a time "
                 "(`show` and `audit` take any layout)"
             )
     return layouts

@@ -37,7 +37,10 @@ _EXPERT = re.compile(r"(.*\.local_experts)\.(\d+)\.(.*)")
 
 
 class UnevenSplit(ValueError):
-    """A size that the layout does not divide; ``name`` is the parameter's on the whole model."""
+    """A size that the layout does not divide.
+
+    ``name`` is the argument of what falls whole to one rank, or else the parameter's on the whole model.
+    """
 
     def __init__(self, name: str, size: int, parts: int) -> None:
         super().__init__(f"{name}: {size} / {parts} is not whole")
@@ -46,6 +49,8 @@ class UnevenSplit(ValueError):
 
 def rank_parameters(architecture: Architecture, layout: Layout, rank: Rank) -> dict[str, Shape]:
     """Every parameter's name and shape on ``rank``. Raises UnevenSplit, or UnevenStages of ``rank.py``."""
+    for name, size, parts in units(architecture, layout):
+        _divided(name, size, parts)
     pattern = architecture.arguments["hybrid_layer_pattern"] if architecture.hybrid else None
     layers = stages(architecture.num_layers, layout, pattern)[rank.pp]
     whole = parameters(architecture)
@@ -54,6 +59,27 @@ def rank_parameters(architecture: Architecture, layout: Layout, rank: Rank) -> d
         # The last stage has no embedding to share, and keeps a copy of the matrix as output layer.
         whole["output_layer.weight"] = whole["embedding.word_embeddings.weight"]
     return dict(_on_rank(whole, architecture, layout, rank, layers, first, last))
+
+
+def units(architecture: Architecture, layout: Layout) -> Iterator[tuple[str, int, int]]:
+    """(argument, how many, ranks they are dealt to) of all that falls whole to one rank.
+
+    Megatron refuses a layout that does not divide these, even one that divides every matrix.
+    """
+    heads, groups = (architecture.arguments[f"num_{name}"] for name in ("attention_heads", "query_groups"))
+    # TransformerConfig asks for both also where no layer has attention.
+    yield "num_attention_heads", heads, layout.tp
+    if layout.tp % groups:  # else each group is one rank's, or is shared by as many ranks as the others
+        yield "num_query_groups", groups, layout.tp
+    mamba, delta = architecture.mamba, architecture.delta
+    if mamba is not None:
+        yield "mamba_num_heads", mamba.mamba_num_heads, layout.tp
+        yield "mamba_num_groups", mamba.mamba_num_groups, layout.tp
+    if delta is not None:
+        yield "linear_num_key_heads", delta.linear_num_key_heads, layout.tp * layout.cp
+        yield "linear_num_value_heads", delta.linear_num_value_heads, layout.tp * layout.cp
+    if architecture.moe is not None:
+        yield "num_experts", architecture.moe.num_experts, layout.ep
 
 
 def _on_rank(
@@ -67,7 +93,7 @@ def _on_rank(
 ) -> Iterator[tuple[str, Shape]]:
     experts = range(0)
     if architecture.moe is not None:
-        share = _divided("num_experts", architecture.moe.num_experts, layout.ep)
+        share = architecture.moe.num_experts // layout.ep
         experts = range(rank.ep * share, (rank.ep + 1) * share)
     for name, shape in whole.items():
         layer = _LAYER.fullmatch(name)

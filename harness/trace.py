@@ -6,6 +6,7 @@ first finding is the first place in the run where the two part.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +18,13 @@ from torch import nn
 from harness.build import Shape, by, short
 from harness.finding import Finding, Severity
 from harness.layers import Attention
+from harness.layout import Layout
 
 if TYPE_CHECKING:
     from harness.activations import ModuleShapes
     from harness.architecture import Architecture
+
+_ONE_RANK = Layout()
 
 # Two unequal numbers that are no model dimension, so that a transposed pair of axes shows.
 BATCH_SIZE, SEQUENCE_LENGTH = 3, 24
@@ -29,8 +33,11 @@ BATCH_SIZE, SEQUENCE_LENGTH = 3, 24
 _LONGEST_SEQUENCE = 512
 
 
-def sequence_length(architecture: Architecture) -> int:
-    """Tokens of a sequence: enough to reach past the smallest sliding window, where that is short."""
+def sequence_length(architecture: Architecture, layout: Layout = _ONE_RANK) -> int:
+    """Tokens of a sequence: enough to reach past the smallest sliding window, where that is short.
+
+    A multiple of the layout's tp, for sequence parallelism.
+    """
     windows = [
         layer.mixer.window[0]
         for layer in architecture.layers
@@ -41,7 +48,10 @@ def sequence_length(architecture: Architecture) -> int:
     # A query sees ``window[0]`` tokens before its own.
     reach = min(windows) + 1 + SEQUENCE_LENGTH // 2 if windows else 0
     length = max(SEQUENCE_LENGTH, reach) if reach <= _LONGEST_SEQUENCE else SEQUENCE_LENGTH
-    return min(length, architecture.max_position_embeddings)
+    # The part of one rank must not be mistaken for the batch either.
+    length = max(length, (BATCH_SIZE + 1) * layout.tp)
+    most = architecture.max_position_embeddings
+    return min(math.ceil(length / layout.tp), most // layout.tp) * layout.tp
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +188,13 @@ def token_ids(
 def forward(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """Logits [batch, sequence, vocabulary] for token ids [batch, sequence].
 
-    Called as ModelOpt's own prefill calls it: positions from zero, a causal mask spelt out.
+    Called as ModelOpt's own prefill calls it: positions from zero, a causal mask spelt out. A later
+    pipeline stage starts from made-up hidden states, one that is not the last ends with its own:
+    [sequence, batch, hidden], the sequence split over the tensor ranks.
     """
     batch_size, sequence_length = tokens.shape
+    if not model.pre_process:
+        model.set_input_tensor(hidden_states(model, batch_size, sequence_length))  # type: ignore[operator]
     positions = torch.arange(sequence_length, device=tokens.device).expand(batch_size, -1)
     # True where attention is forbidden: everything after the token itself.
     mask = torch.ones(sequence_length, sequence_length, dtype=torch.bool, device=tokens.device).triu(1)
@@ -194,11 +208,28 @@ def forward(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return logits
 
 
+def hidden_states(model: nn.Module, batch_size: int, sequence_length: int, seed: int = 1234) -> torch.Tensor:
+    """What the stage before would send: [sequence / tp, batch, hidden], normal, the same on every device."""
+    config: Any = model.config
+    share = sequence_length // (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(share, batch_size, config.hidden_size, generator=generator)
+    weight = next(model.parameters())
+    return states.to(weight.device, weight.dtype)
+
+
+def check_shape(output: torch.Tensor, expected: Shape, what: str) -> tuple[Finding, ...]:
+    """A finding where the model's output is not of the shape ``expected``."""
+    actual = tuple(output.shape)
+    if actual == expected:
+        return ()
+    return (_finding("", f"{what} are {by(actual)}, expected {by(expected)}", expected, actual),)
+
+
 def check_logits(logits: torch.Tensor, tokens: torch.Tensor, vocabulary: int) -> tuple[Finding, ...]:
     """Findings where logits are not [batch, sequence, vocabulary] or not finite."""
-    expected, actual = (*tokens.shape, vocabulary), tuple(logits.shape)
-    if actual != expected:
-        return (_finding("", f"logits are {by(actual)}, expected {by(expected)}", expected, actual),)
+    if wrong_shape := check_shape(logits, (*tokens.shape, vocabulary), "logits"):
+        return wrong_shape
     wrong = int((~torch.isfinite(logits)).sum())
     if wrong:
         return (_finding("", f"{wrong} of {logits.numel()} logits are not finite", 0, wrong),)

@@ -1,7 +1,9 @@
 """World: a layout and a device -> Megatron's process groups, opened and closed by one context manager.
 
 Megatron keeps its groups and random states in module globals. They exist inside ``open_world`` only, so
-that any number of cases can run in one process. There is no TCP port: a single rank needs none.
+that any number of cases can run in one process. There is no TCP port: a single rank needs none, and the
+other ranks of a larger layout are simulated: torch's fake process group holds this rank alone, and what
+would come from the others is a copy of its own.
 """
 
 from __future__ import annotations
@@ -11,43 +13,51 @@ import gc
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed
 
+from harness.case import StandInReport
 from harness.errors import UsageError
 from harness.layout import Layout
 from harness.standins.output import import_foreign
+from harness.standins.patching import patched
+
+if TYPE_CHECKING:
+    from harness.rank import Rank
 
 _BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 
+SIMULATED_RANKS = StandInReport(
+    "torch.distributed's process groups of more than one rank",
+    "torch's fake process group: collectives give shapes, and this rank's own numbers for the others'",
+    "One process stands for every rank of the layout, one rank at a time.",
+)
+
 
 @contextmanager
-def open_world(layout: Layout, device: torch.device, seed: int = 1234) -> Iterator[None]:
+def open_world(
+    layout: Layout, device: torch.device, seed: int = 1234, rank: Rank | None = None
+) -> Iterator[None]:
     """One rank of ``layout`` on ``device``, its random numbers set by ``seed``; closed at the end.
 
-    Enter it inside ``standins.installed(device)``. Raises UsageError for a layout of more than one
-    rank and where a world is open already.
+    ``rank`` is the first one unless given. In a layout of more than one rank the others are simulated
+    (``SIMULATED_RANKS``): shapes are right, numbers past the first collective are not. Enter it inside
+    ``standins.installed(device)``. Raises UsageError where a world is open already.
     """
     import_foreign()
     from megatron.core import parallel_state
 
-    if layout.world_size > 1:
-        raise UsageError(
-            f"layout {layout} needs {layout.world_size} ranks; simulated ranks are not supported yet, "
-            "only tp1"
-        )
     if distributed.is_initialized():
         raise UsageError("a process group is open already in this process")
     with _collected(), _random_numbers(device), _reproducible(device):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         excepthook = sys.excepthook  # torch wraps it with each group, and never takes it back
-        store = distributed.HashStore()  # type: ignore[attr-defined]
-        distributed.init_process_group(_BACKENDS[device.type], store=store, rank=0, world_size=1)
+        collectives = _init_process_group(layout, device, rank.number if rank else 0)
         state = _globals(parallel_state)
         try:
             parallel_state.initialize_model_parallel(
@@ -59,13 +69,39 @@ def open_world(layout: Layout, device: torch.device, seed: int = 1234) -> Iterat
                 create_gloo_process_groups=False,
             )
             _seed(device, seed)
-            yield
+            with collectives:
+                yield
         finally:
             parallel_state.destroy_model_parallel()
             # That forgets some groups; what they refer to is gone all the same.
             vars(parallel_state).update(state)
             distributed.destroy_process_group()
             sys.excepthook = excepthook
+
+
+def _init_process_group(layout: Layout, device: torch.device, rank: int) -> AbstractContextManager[None]:
+    """torch's default group; what to hold open beside it."""
+    if layout.world_size == 1:
+        store = distributed.HashStore()  # type: ignore[attr-defined]
+        distributed.init_process_group(_BACKENDS[device.type], store=store, rank=0, world_size=1)
+        return nullcontext()
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
+    return patched(distributed, "all_to_all_single", _all_to_all_of_one)
+
+
+def _all_to_all_of_one(output: torch.Tensor, input: torch.Tensor, *sizes: Any, **more: Any) -> None:
+    """Fill ``output`` from this rank's own rows, over and over.
+
+    The fake group leaves what goes beyond the input as it was allocated: numbers of chance, which may be
+    no numbers, and ModelOpt stops at those.
+    """
+    if not len(input):
+        output.zero_()
+        return
+    rows = torch.arange(len(output), device=input.device) % len(input)
+    output.copy_(input[rows])
 
 
 def _globals(module: ModuleType) -> dict[str, Any]:

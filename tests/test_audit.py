@@ -116,8 +116,9 @@ def test_a_count_that_is_no_number_is_an_error(count: object) -> None:
             "int4_awq",
             "tp1",
             "--hidden-size",
-            "linear_qkv takes 4160 inputs, not a multiple of 128: int4_awq pads its last block with zeros, "
-            "and the forward pass does not show it",
+            "--hidden-size 4160, not a multiple of 128, as int4_awq wants of the inputs of "
+            "self_attention.linear_qkv, mlp.linear_fc1: ModelOpt pads its last block with zeros without a "
+            "word, and the export refuses it",
             id="hidden",
         ),
         pytest.param(
@@ -125,7 +126,7 @@ def test_a_count_that_is_no_number_is_an_error(count: object) -> None:
             "int4_awq",
             "tp1",
             "--kv-channels",
-            "linear_proj takes 2000 inputs",
+            "--num-attention-heads 20 x --kv-channels 100 = 2000, not a multiple of 128",
             id="heads",
         ),
         pytest.param(
@@ -133,7 +134,7 @@ def test_a_count_that_is_no_number_is_an_error(count: object) -> None:
             "nvfp4",
             "tp1",
             "--ffn-hidden-size",
-            "linear_fc2 takes 12296 inputs, not a multiple of 16: nvfp4 pads",
+            "--ffn-hidden-size 12296, not a multiple of 16, as nvfp4 wants",
             id="ffn-and-16",
         ),
         pytest.param(
@@ -141,7 +142,7 @@ def test_a_count_that_is_no_number_is_an_error(count: object) -> None:
             "int4_awq",
             "tp1",
             "--ffn-hidden-size",
-            "12352 inputs",
+            "12352, not a multiple of 128",
             id="ffn-and-128",
         ),
         pytest.param(
@@ -149,7 +150,7 @@ def test_a_count_that_is_no_number_is_an_error(count: object) -> None:
             "int4_awq",
             "tp64",
             "--ffn-hidden-size",
-            "linear_fc2 takes 12288 / 64 = 192 inputs, not a multiple of 128",
+            "--ffn-hidden-size 12288 / 64 = 192, not a multiple of 128",
             id="per-rank",
         ),
     ],
@@ -179,7 +180,10 @@ def test_a_shared_expert_is_audited(tmp_path: Path) -> None:
     flag = "--moe-shared-expert-intermediate-size"
     (finding,) = audited(tmp_path, "Qwen3-30B-A3B", {flag: "1000"}, "int4_awq")
     assert (finding.flag, finding.actual, finding.expected) == (flag, 1000, "a multiple of 128")
-    assert "the shared expert's linear_fc2 takes 1000 inputs" in finding.message
+    assert (
+        "1000, not a multiple of 128, as int4_awq wants of the inputs of mlp.shared_experts.linear_fc2"
+        in finding.message
+    )
 
 
 @pytest.mark.parametrize("recipe", ["fp8", "int8_smoothquant"])
@@ -204,12 +208,22 @@ def test_a_misfit_does_not_fail_the_preset(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "layout", "flag", "message"),
     [
-        ("Qwen2.5-0.5B-Instruct", "tp4", "--num-attention-heads", "14 / tp4 is not whole"),
-        ("Qwen3-8B", "tp3", "--num-query-groups", "8 / tp3 is not whole"),
-        ("Qwen3-8B", "pp5", "--num-layers", "36 layers / 5 pipeline stages is not whole"),
-        ("Qwen3-8B", "pp3,first5", "--num-layers", "31 the other layers / 2 pipeline stages is not whole"),
-        ("Qwen3-30B-A3B", "ep3", "--num-experts", "128 / ep3 is not whole"),
-        ("Qwen3-30B-A3B", "etp5", "--moe-ffn-hidden-size", "768 / etp5 is not whole"),
+        (
+            "Qwen2.5-0.5B-Instruct",
+            "tp4",
+            "--num-attention-heads",
+            "Megatron: 14 attention heads / tp4 is not whole",
+        ),
+        ("Qwen3-8B", "tp3", "--num-query-groups", "Megatron: 8 query groups / tp3 is not whole"),
+        ("Qwen3-8B", "pp5", "--num-layers", "Megatron: 36 layers / 5 pipeline stages is not whole"),
+        ("Qwen3-8B", "pp3,first5", "--num-layers", "Megatron: 31 the other layers / 2 pipeline stages"),
+        ("Qwen3-30B-A3B", "ep3", "--num-experts", "Megatron: 128 experts / ep3 is not whole"),
+        (
+            "Qwen3-30B-A3B",
+            "etp5",
+            "--moe-ffn-hidden-size",
+            "Megatron: 768 channels of an expert / etp5 is not whole",
+        ),
     ],
 )
 def test_what_a_layout_does_not_divide_is_an_error(name: str, layout: str, flag: str, message: str) -> None:
@@ -315,7 +329,8 @@ def test_prediction_layers_are_not_counted() -> None:
             {"--q-lora-rank": "1544"},
             "tp1",
             "--q-lora-rank",
-            "linear_q_up_proj takes 1544 inputs, not a multiple of 128",
+            "--q-lora-rank 1544, not a multiple of 128, as int4_awq wants of the inputs of "
+            "self_attention.linear_q_up_proj:",
             id="query-latent",
         ),
         pytest.param(
@@ -323,7 +338,7 @@ def test_prediction_layers_are_not_counted() -> None:
             {"--kv-lora-rank": "520"},
             "tp1",
             "--kv-lora-rank",
-            "linear_kv_up_proj takes 520 inputs",
+            "520, not a multiple of 128, as int4_awq wants of the inputs of self_attention.linear_kv_up_proj",
             id="key-value-latent",
         ),
         pytest.param(
@@ -331,7 +346,7 @@ def test_prediction_layers_are_not_counted() -> None:
             {"--v-head-dim": "99"},
             "tp2",
             "--v-head-dim",
-            "linear_proj takes 12672 / 2 = 6336 inputs",
+            "--num-attention-heads 128 x --v-head-dim 99 = 12672 / 2 = 6336, not a multiple of 128",
             id="value-heads",
         ),
         pytest.param(
@@ -339,7 +354,7 @@ def test_prediction_layers_are_not_counted() -> None:
             {"--hidden-size": "2056"},
             "tp1",
             "--hidden-size",
-            "linear_q_proj takes 2056 inputs",
+            "2056, not a multiple of 128, as int4_awq wants of the inputs of self_attention.linear_q_proj,",
             id="hidden-of-latent-attention",
         ),
         pytest.param(
@@ -347,7 +362,7 @@ def test_prediction_layers_are_not_counted() -> None:
             {"--mamba-head-dim": "65"},
             "tp2",
             "--mamba-head-dim",
-            "Mamba's out_proj takes 8320 / 2 = 4160 inputs",
+            "--mamba-num-heads 128 x --mamba-head-dim 65 = 8320 / 2 = 4160, not a multiple of 128",
             id="mamba",
         ),
         pytest.param(
@@ -355,7 +370,7 @@ def test_prediction_layers_are_not_counted() -> None:
             {"--linear-value-head-dim": "130"},
             "tp1",
             "--linear-value-head-dim",
-            "the delta net's out_proj takes 4160 inputs",
+            "--linear-num-value-heads 32 x --linear-value-head-dim 130 = 4160, not a multiple of 128",
             id="delta-net",
         ),
         pytest.param(
@@ -363,7 +378,7 @@ def test_prediction_layers_are_not_counted() -> None:
             {"--moe-latent-size": "1000"},
             "tp1",
             "--moe-latent-size",
-            "an expert's linear_fc1 takes 1000 inputs",
+            "1000, not a multiple of 128, as int4_awq wants of the inputs of mlp.experts.linear_fc1, mlp.",
             id="expert-latent",
         ),
     ],
@@ -383,36 +398,78 @@ def test_a_block_that_does_not_fit_other_layers(
 
 
 @pytest.mark.parametrize(
-    ("symbols", "role"),
-    [("M", "in_proj"), ("*", "linear_qkv"), ("-", "linear_fc1")],
+    ("symbols", "matrix"),
+    [("M", "mixer.in_proj"), ("*", "self_attention.linear_qkv"), ("-", "mlp.linear_fc1")],
 )
-def test_hidden_size_is_what_the_first_matrix_takes(symbols: str, role: str) -> None:
+def test_hidden_size_is_what_the_only_matrix_takes(symbols: str, matrix: str) -> None:
     full = of_preset(named("Nemotron-H-8B-Base-8K"))
     changes = {"hybrid_layer_pattern": symbols, "num_layers": 1, "hidden_size": 4100}
     full = architecture(full.arguments.replaced(changes))
     found = audit(full, None, Layout(), find_recipe("nvfp4")).findings
-    assert [one.message.split(",")[0] for one in found if one.flag == "--hidden-size"] == [
-        f"{role} takes 4100 inputs"
+    assert [one.message.split(":")[0] for one in found if one.flag == "--hidden-size"] == [
+        f"--hidden-size 4100, not a multiple of 16, as nvfp4 wants of the inputs of {matrix}"
     ]
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "layout", "flag", "message"),
     [
-        ("DeepSeek-R1", {}, "tp3,etp1", "--num-attention-heads", "128 / tp3 is not whole"),
-        ("Nemotron-H-8B-Base-8K", {}, "tp16", "--mamba-num-groups", "8 / tp16 is not whole"),
-        ("Nemotron-H-8B-Base-8K", {"mamba_num_heads": 104}, "tp16", "--mamba-num-heads", "104 / tp16"),
-        ("Nemotron-H-8B-Base-8K", {}, "pp3", "--hybrid-layer-pattern", "52 layers / 3 pipeline stages"),
+        (
+            "DeepSeek-R1",
+            {},
+            "tp3,etp1",
+            "--num-attention-heads",
+            "Megatron: 128 attention heads / tp3 is not whole",
+        ),
+        (
+            "Nemotron-H-8B-Base-8K",
+            {},
+            "tp16",
+            "--mamba-num-groups",
+            "Megatron: 8 Mamba groups / tp16 is not whole",
+        ),
+        (
+            "Nemotron-H-8B-Base-8K",
+            {"mamba_num_heads": 104},
+            "tp16",
+            "--mamba-num-heads",
+            "Megatron: 104 Mamba heads / tp16",
+        ),
+        (
+            "Nemotron-H-8B-Base-8K",
+            {},
+            "pp3",
+            "--hybrid-layer-pattern",
+            "Megatron: 52 layers / 3 pipeline stages",
+        ),
         (
             "Nemotron-H-8B-Base-8K",
             {"hybrid_layer_pattern": "M-|M*", "num_layers": 4},
             "pp4",
             "--hybrid-layer-pattern",
-            "the pattern has 2 stages, the layout pp4",
+            "Megatron: the pattern has 2 stages, the layout pp4",
         ),
-        ("Qwen3-Next-80B-A3B-Instruct", {}, "tp32,etp1", "--linear-num-key-heads", "16 / tp32"),
-        ("Qwen3-Next-80B-A3B-Instruct", {}, "tp64,etp1", "--linear-num-value-heads", "32 / tp64"),
-        ("Qwen3-Next-80B-A3B-Instruct", {}, "tp2,cp16", "--linear-num-key-heads", "16 / tp x cp = 32"),
+        (
+            "Qwen3-Next-80B-A3B-Instruct",
+            {},
+            "tp32,etp1",
+            "--linear-num-key-heads",
+            "Megatron: 16 linear key heads / tp32",
+        ),
+        (
+            "Qwen3-Next-80B-A3B-Instruct",
+            {},
+            "tp64,etp1",
+            "--linear-num-value-heads",
+            "Megatron: 32 linear value heads / tp64",
+        ),
+        (
+            "Qwen3-Next-80B-A3B-Instruct",
+            {},
+            "tp2,cp16",
+            "--linear-num-key-heads",
+            "Megatron: 16 linear key heads / tp x cp = 32",
+        ),
     ],
 )
 def test_what_a_layout_does_not_divide_of_other_layers(
@@ -438,8 +495,8 @@ def test_tensor_and_expert_parallelism_at_once_are_refused(name: str, layout: st
     found = audit(of_preset(named(name)), None, Layout.parse(layout), None).findings
     assert [one.message for one in found if "QuantSequentialMLP" in one.message and one.is_error] == (
         [
-            f"layout {Layout.parse(layout)} has ep2 beside tp2: ModelOpt refuses both at once for experts "
-            "one by one (TP+EP is not supported by QuantSequentialMLP); take tp1 or ep1"
+            "ModelOpt: tp2 beside ep2 is refused for experts one by one (TP+EP is not supported by "
+            "QuantSequentialMLP): take tp1 or ep1"
         ]
         if refused
         else []

@@ -257,15 +257,15 @@ def test_a_tree_of_overlays_alone_is_no_tree(invoke: Invoke, tmp_path: Path) -> 
     assert "over.sh: an overlay: it sets TP and no MODEL_ARGS" in done.err
 
 
-def test_audit_counts_what_each_recipe_pads(invoke: Invoke, tree: Path) -> None:
+def test_audit_marks_what_does_not_fit_each_recipe(invoke: Invoke, tree: Path) -> None:
     small = tree / "Qwen" / "Qwen3-0.6B.sh"
     small.write_text(small.read_text().replace("--ffn-hidden-size 3072", "--ffn-hidden-size 3080"))
     done = invoke("audit", "Qwen3-0.6B", "--recipe", "fp8,nvfp4", "--presets", tree)
-    head, row = (line.split() for line in done.out.splitlines()[:2])
-    assert head == ["preset", "layout", "parameters", "active", "fp8", "nvfp4"]
-    assert row[0] == "Qwen/Qwen3-0.6B"
-    assert row[-3:] == ["ok", "1", "padded"]
-    assert "linear_fc2 takes 3080 inputs, not a multiple of 16" in done.out
+    head, *rows = (line.split() for line in done.out.splitlines()[1:6])
+    assert head == ["preset", "layout", "parameters", "active", "bf16", "fp8", "nvfp4", "verdict"]
+    assert [row[:2] for row in rows] == [["Qwen/Qwen3-0.6B", f"tp{tp}"] for tp in (1, 2, 4, 8)]
+    assert rows[0][4:8] == ["1.11", "0.70", "*0.52", "nvfp4:"]
+    assert "--ffn-hidden-size 3080 / 8 = 385, not a multiple of 16" in done.out
     assert done.code == 1
 
 
@@ -334,10 +334,10 @@ def test_recipes(
 def test_a_layout_that_cannot_be_run_is_refused_before_anything_starts(
     invoke: Invoke, tree: Path, faked: list[Case]
 ) -> None:
-    options = ("--device", "cpu", "--recipe", "fp8", "--layout", "tp1", "--layout", "tp8,ep4,etp1,pp2")
+    options = ("--device", "cpu", "--recipe", "fp8", "--layout", "tp1", "--layout", "tp2,cp2")
     result = invoke("check", "Qwen3-0.6B", "--presets", tree, *options)
     assert result.code == 2
-    assert "layout tp8,pp2,ep4,etp1 needs 16 ranks" in result.err
+    assert "layout tp2,cp2 has cp2: context parallelism needs Transformer Engine's attention" in result.err
     assert faked == []
 
 

@@ -1,35 +1,25 @@
-"""The inventory against megatron-core itself: layers of full size on the meta device, odd small models."""
+"""The inventory against megatron-core itself: every preset on the meta device, odd small models."""
 
 from __future__ import annotations
 
 import tomllib
-from pathlib import Path
 
 import pytest
 import torch
+from full_size import CPU, PRESETS, Shape, megatron_model, of_preset
 from small_models import MODELS, model_of
+from torch import nn
 
 from harness.activations import activations
-from harness.architecture import Architecture, architecture, layer_symbols
+from harness.architecture import Architecture, architecture
 from harness.arguments import resolve
 from harness.build import build_model, compare_parameters, parameter_shapes
 from harness.inventory import Counts, buffers, counts, parameters
-from harness.layers import Attention, MoE
 from harness.layout import Layout
-from harness.preset import PresetFile, discover, load_preset
+from harness.preset import PresetFile
 from harness.standins import installed
 from harness.standins.output import captured
 from harness.world import open_world
-
-Shape = tuple[int, ...]
-PRESETS = discover(Path(__file__).parent.parent / "presets")
-CPU = torch.device("cpu")
-
-
-def of_preset(file: PresetFile) -> Architecture:
-    arguments = load_preset(file).arguments
-    assert arguments is not None
-    return architecture(arguments)
 
 
 def small(**changes: object) -> Architecture:
@@ -49,34 +39,17 @@ def small(**changes: object) -> Architecture:
     return architecture(arguments.replaced({**base, **changes}))
 
 
-def built(full: Architecture, device: torch.device = CPU) -> tuple[dict[str, Shape], dict[str, Shape]]:
-    """Names and shapes of Megatron's parameters and of its expert biases."""
-    with captured(), installed(CPU), open_world(Layout(), CPU), device:
-        model = build_model(full, Layout(), device)
-    biases = {
+def built(full: Architecture) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    """Names and shapes of Megatron's parameters and of its expert biases, of a small model."""
+    with captured(), installed(CPU), open_world(Layout(), CPU):
+        model = build_model(full, Layout(), CPU)
+    return parameter_shapes(model), expert_biases(model)
+
+
+def expert_biases(model: nn.Module) -> dict[str, Shape]:
+    return {
         name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name.endswith("expert_bias")
     }
-    return parameter_shapes(model), biases
-
-
-def one_of_each_kind(full: Architecture) -> Architecture:
-    """The same model with the first layer of each kind alone, at full width."""
-    kept = [index for index, layer in enumerate(full.layers) if layer not in full.layers[:index]]
-    changes: dict[str, object] = {"num_layers": len(kept)}
-    if full.hybrid:
-        symbols = layer_symbols(full.arguments["hybrid_layer_pattern"])
-        changes["hybrid_layer_pattern"] = "".join(symbols[index] for index in kept)
-    layers = [full.layers[index] for index in kept]
-    mixers = [layer.mixer for layer in layers if isinstance(layer.mixer, Attention)]
-    if not full.hybrid and full.moe:
-        changes["moe_layer_freq"] = tuple(int(isinstance(layer.mlp, MoE)) for layer in layers)
-    if not full.hybrid and mixers:
-        if full.arguments["window_size"] is not None:
-            changes["window_attn_skip_freq"] = tuple(int(mixer.window is not None) for mixer in mixers)
-        changes["no_rope_freq"] = tuple(int(not mixer.rope) for mixer in mixers)
-    one = architecture(full.arguments.replaced(changes))
-    assert one.layers == tuple(layers)
-    return one
 
 
 VARIANTS = {
@@ -129,17 +102,12 @@ def test_every_kind_of_layer_is_megatrons(name: str) -> None:
 
 
 @pytest.mark.parametrize("file", PRESETS, ids=lambda file: file.name)
-def test_full_size_layers_are_megatrons_on_the_meta_device(file: PresetFile) -> None:
-    one = one_of_each_kind(of_preset(file))
-    shapes, biases = built(one, torch.device("meta"))
-    assert compare_parameters(parameters(one), shapes) == ()
-    assert buffers(one) == biases
-
-
-def test_all_layers_of_a_full_size_model() -> None:
-    (file,) = (file for file in PRESETS if file.name == "Qwen/Qwen3-30B-A3B")
+def test_full_size_is_megatrons_on_the_meta_device(file: PresetFile) -> None:
+    """Every layer and every expert of every preset."""
     full = of_preset(file)
-    assert compare_parameters(parameters(full), built(full, torch.device("meta"))[0]) == ()
+    with megatron_model(full) as model:
+        assert compare_parameters(parameters(full), parameter_shapes(model)) == ()
+        assert buffers(full) == expert_biases(model)
 
 
 def published(file: PresetFile) -> dict[str, int]:

@@ -13,18 +13,20 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from broken import PRESETS, TEXTS, edit, errors, write_copy
 
-from harness import pipeline
+from harness import pipeline, small_model
 from harness.case import STAGES, Case, CaseReport, Outcome
 from harness.errors import DeviceUnavailable, UnknownRecipe
 from harness.layout import Layout
-from harness.pipeline import NEEDS, check
+from harness.pipeline import check
 from harness.recipes import RECIPES
+from harness.stages import NEEDS
 
 CASE = Case("Qwen/Qwen3-0.6B", str(PRESETS["Qwen3-0.6B"].path), "fp8", Layout(), "cpu")
 SPEC = "megatron.core.post_training.modelopt.gpt.model_specs.get_gpt_modelopt_spec"
@@ -213,14 +215,14 @@ def test_a_misshapen_parameter_is_named(monkeypatch: pytest.MonkeyPatch, passed:
 
 
 def test_a_missing_and_an_unexpected_parameter_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = pipeline.parameters
+    original = small_model.rank_parameters
     name = "decoder.layers.0.self_attention.q_layernorm.weight"
 
-    def other(architecture: Any) -> dict[str, tuple[int, ...]]:
-        shapes = original(architecture)
+    def other(*args: Any) -> dict[str, tuple[int, ...]]:
+        shapes = original(*args)
         return {key: shape for key, shape in shapes.items() if key != name} | {"decoder.extra.weight": (2, 3)}
 
-    monkeypatch.setattr(pipeline, "parameters", other)
+    monkeypatch.setattr(small_model, "rank_parameters", other)
     report = check(CASE)
     assert outcomes(report)["build"] == "failed"
     messages = [finding.message for finding in report.findings]
@@ -287,11 +289,22 @@ def test_what_megatron_prints_before_it_raises_is_kept(
 # What the harness itself raises
 
 
-@pytest.mark.parametrize("name", ["load_preset", "compare", "audit", "shrink", "parameters", "activations"])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (pipeline, "load_preset"),
+        (pipeline, "compare"),
+        (pipeline, "audit"),
+        (small_model, "shrink"),
+        (small_model, "rank_parameters"),
+        (small_model, "activations"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_the_harness_own_exception_is_an_error_with_its_traceback(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, name, raising(ZeroDivisionError("ours")))
+    monkeypatch.setattr(module, name, raising(ZeroDivisionError("ours")))
     report = check(CASE)
     assert report.outcome is Outcome.ERROR
     assert report.reason == "the harness failed: ZeroDivisionError: ours"

@@ -221,9 +221,10 @@ def test_nothing_to_run_is_never_a_pass(
     [
         (["--recipe", "nvfp5"], "no recipe is called 'nvfp5'; did you mean nvfp4"),
         (["--layout", "tp"], "layout 'tp': 'tp' is not a size"),
+        (["--layout", "cp2"], "context parallelism needs Transformer Engine's attention"),
         (["--device", "cuda:77"], "device cuda:77 is not on this machine"),
     ],
-    ids=["recipe", "layout", "device"],
+    ids=["recipe", "layout", "layout that cannot be run", "device"],
 )
 def test_wrong_options_are_wrong_usage(tree: pytest.Pytester, options: list[str], message: str) -> None:
     result = run(tree, "presets", *options)

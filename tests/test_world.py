@@ -11,6 +11,7 @@ from torch import distributed
 
 from harness.errors import UsageError
 from harness.layout import Layout
+from harness.rank import Rank, ranks
 from harness.standins import installed
 from harness.standins.output import import_foreign
 from harness.world import open_world
@@ -112,10 +113,42 @@ def test_one_world_at_a_time() -> None:
     assert not distributed.is_initialized()
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "ep2", "tp8,ep4,etp1,pp2"])
-def test_simulated_ranks_are_refused(layout: str) -> None:
-    with (
-        pytest.raises(UsageError, match="simulated ranks are not supported yet"),
-        open_world(Layout.parse(layout), CPU),
-    ):
-        pass
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "ep2", "tp8,ep4,etp1,pp2", "tp2,cp2"])
+def test_megatron_places_each_simulated_rank_as_we_do(layout: str) -> None:
+    sizes = Layout.parse(layout)
+    for rank in ranks(sizes):
+        with open_world(sizes, CPU, rank=rank):
+            assert distributed.get_world_size() == sizes.world_size
+            assert (
+                Rank(
+                    distributed.get_rank(),
+                    tp=parallel_state.get_tensor_model_parallel_rank(),
+                    cp=parallel_state.get_context_parallel_rank(),
+                    pp=parallel_state.get_pipeline_model_parallel_rank(),
+                    etp=parallel_state.get_expert_tensor_parallel_rank(),
+                    ep=parallel_state.get_expert_model_parallel_rank(),
+                )
+                == rank
+            )
+
+
+def test_a_simulated_world_leaves_nothing() -> None:
+    before, exchange = megatron_groups(), distributed.all_to_all_single
+    with open_world(Layout(tp=2, etp=2, pp=2), CPU, rank=Rank(3, tp=1, pp=1, etp=1)):
+        assert distributed.all_to_all_single is not exchange
+    assert distributed.all_to_all_single is exchange
+    assert megatron_groups() == before
+    assert not distributed.is_initialized()
+
+
+def test_other_ranks_send_what_this_one_has() -> None:
+    with open_world(Layout(tp=2, etp=2), CPU):
+        group = parallel_state.get_tensor_model_parallel_group()
+        own, gathered = torch.arange(3.0), torch.full((6,), torch.nan)
+        distributed.all_gather_into_tensor(gathered, own, group=group)
+        assert gathered.tolist() == [0, 1, 2, 0, 1, 2]
+        exchanged = torch.full((5,), torch.nan)
+        distributed.all_to_all_single(exchanged, own, [2, 3], [1, 2], group=group)
+        assert exchanged.tolist() == [0, 1, 2, 0, 1]
+        distributed.all_to_all_single(exchanged, own[:0], [2, 3], [0, 0], group=group)
+        assert exchanged.tolist() == [0] * 5

@@ -169,8 +169,7 @@ def _layers(before: Architecture, after: Architecture, layout: Layout) -> Judgem
 
     (left, one), (right, other) = describe(before), describe(after)
     fits = min(layout.pp, before.num_layers) <= after.num_layers <= before.num_layers
-    if pipelined(before, layout):
-        fits = fits and pipelined(after, layout)
+    fits = fits and pipelined(before, layout) == pipelined(after, layout)
     return left, right, one == other and fits
 
 

@@ -33,11 +33,11 @@ def layer_changes(before: Architecture, layout: Layout) -> dict[str, Any]:
     """Arguments of the shortest sequence of layers that keeps S6; among those the fewest with experts."""
     kinds = [kind for kind in layer_kinds(before, before) if kind is not None]
     parts = pipeline_stages(before, layout)
-    even = parts is None and evenly_staged(len(kinds), layout)
+    even = evenly_staged(len(kinds), layout)
 
     def fits(length: int) -> bool:
         enough = length >= min(layout.pp, len(kinds))
-        return enough and (not even or evenly_staged(length, layout))
+        return enough and (parts is not None or evenly_staged(length, layout) == even)
 
     walk = shortest_walk(kinds, fits, _kinds_with_experts(before, kinds))
     # The real layer that each of the fewer ones is like.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -10,9 +11,19 @@ from typing import Any
 from harness.standins.patching import patched
 
 
+class _Alone:
+    """A tensor parallel group of this rank only, of which Megatron asks no more than this."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
+
+
 @cache
 def te_linear() -> type[Any]:
-    """Megatron's ColumnParallelLinear on one rank, called as TELinear is.
+    """Megatron's ColumnParallelLinear that no rank splits, called as TELinear is.
 
     ModelOpt looks a class up by its ``forward``: as this one's is ColumnParallelLinear's, the projections
     are quantized, as those of the real TELinear are.
@@ -26,12 +37,18 @@ def te_linear() -> type[Any]:
             output_size: int,
             *,
             parallel_mode: str | None,
+            config: Any,
             tp_group: Any = None,
             **more: Any,
         ) -> None:
-            super().__init__(input_size, output_size, gather_output=False, tp_group=tp_group, **more)
-            if self.tp_group.size() > 1:
-                raise NotImplementedError(f"{parallel_mode} projections on {self.tp_group.size()} ranks")
+            if parallel_mode != "duplicated":
+                raise NotImplementedError(f"a {parallel_mode} TELinear")
+            # Every rank holds the whole weight and multiplies the tokens it has: as one rank alone.
+            config = copy.copy(config)
+            config.sequence_parallel = False
+            super().__init__(
+                input_size, output_size, config=config, gather_output=False, tp_group=_Alone(), **more
+            )
 
     return TELinear
 

@@ -1,0 +1,48 @@
+"""Time of every preset at full size on the meta device: ``python tests/benchmarks/full_size.py [LAYOUT...]``.
+
+Prints, for the last rank of each layout (tp1 unless given), the seconds of processor time to build Megatron's
+model, the seconds to work out the inventory, and how many parameters both have. A layout that does not
+divide a preset is printed with what is at fault.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from time import perf_counter, process_time
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from full_size import PRESETS, megatron_parameters, of_preset
+
+from harness.architecture import Architecture
+from harness.layout import Layout
+from harness.rank import UnevenStages, rank_of
+from harness.sharding import UnevenSplit, rank_parameters
+
+
+def line(full: Architecture, layout: Layout) -> str:
+    last = layout.world_size - 1
+    start = process_time()
+    try:
+        expected = rank_parameters(full, layout, rank_of(layout, last))
+    except (UnevenSplit, UnevenStages) as error:
+        return str(error)
+    arithmetic, start = process_time() - start, process_time()
+    actual = megatron_parameters(full, layout, last)
+    same = "equal" if expected == actual else "DIFFERENT"
+    return f"{process_time() - start:7.2f} s  {arithmetic:6.3f} s  {len(actual):6} parameters  {same}"
+
+
+def main() -> None:
+    for text in sys.argv[1:] or ["tp1"]:
+        layout, start, wall = Layout.parse(text), process_time(), perf_counter()
+        for file in PRESETS:
+            print(f"{text:12} {file.name:45} {line(of_preset(file), layout)}", flush=True)
+        print(
+            f"{text:12} {process_time() - start:6.1f} s of processor, {perf_counter() - wall:6.1f} s of clock"
+        )
+
+
+if __name__ == "__main__":
+    main()
