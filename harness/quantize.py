@@ -79,12 +79,12 @@ def quantize(
     ``config`` is the ModelOpt config to apply, the recipe's own unless given. What ModelOpt raises
     comes through. Nothing reaches the terminal.
     """
-    calibration = calibration_tokens(model, architecture, device, seed)
-    # Calibration has seen what is measured: a value beyond the calibrated range would be clipped,
-    # and the error would say more about the draw of tokens than about the recipe.
-    tokens = calibration[:BATCH_SIZE]
     seen = TokenCount(model)
     with captured() as log:
+        calibration = calibration_tokens(model, architecture, device, seed)
+        # Calibration has seen what is measured: a value beyond the calibrated range would be clipped,
+        # and the error would say more about the draw of tokens than about the recipe.
+        tokens = calibration[:BATCH_SIZE]
         before, routes = forward_and_routes(model, tokens)
         own = getattr(mtq, recipe.config_name)
         matrices = expected_matrices(model, own)
