@@ -37,6 +37,8 @@ def fill(model: nn.Module, seed: int) -> None:
     centred: bool = model.config.layernorm_zero_centered_gamma  # type: ignore[assignment, union-attr]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if parameter.is_meta:  # has a shape, and no values
+                continue
             parameter.copy_(_values(name, parameter.shape, seed, centred))
         for name, buffer in _expert_biases(model):
             # Float16Module rounded it; Megatron keeps it in float32 from the first forward pass on.

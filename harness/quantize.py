@@ -84,12 +84,12 @@ def quantize(
     layout the others are simulated, and only what does not hang on their numbers is checked: formats,
     that every quantizer saw data, shapes. What ModelOpt raises comes through. Nothing reaches the terminal.
     """
-    calibration = calibration_tokens(model, architecture, device, seed, layout)
-    # Calibration has seen what is measured: a value beyond the calibrated range would be clipped,
-    # and the error would say more about the draw of tokens than about the recipe.
-    tokens = calibration[:BATCH_SIZE]
     seen = TokenCount(model)
     with captured() as log:
+        calibration = calibration_tokens(model, architecture, device, seed, layout)
+        # Calibration has seen what is measured: a value beyond the calibrated range would be clipped,
+        # and the error would say more about the draw of tokens than about the recipe.
+        tokens = calibration[:BATCH_SIZE]
         before, routes = forward_and_routes(model, tokens)
         own = getattr(mtq, recipe.config_name)
         matrices = expected_matrices(model, own)

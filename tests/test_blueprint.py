@@ -61,9 +61,9 @@ def test_show_is_narrow_above_the_invariants(name: str) -> None:
         ),
         (
             "Llama-4-Scout-17B-16E-Instruct",
-            "36 moe, 12 moe (no rope)  3 moe, 2 moe (no rope)",
+            "36 moe, 12 moe (no rope)  3 moe, 1 moe (no rope)",
         ),
-        ("gpt-oss-20b", "12 moe (window 127,0), 12 moe  2 moe (window 127,0), 2 moe"),
+        ("gpt-oss-20b", "12 moe (window 127,0), 12 moe  2 moe (window 127,0), 1 moe"),
     ],
 )
 def test_show_counts_the_kinds_of_layers(name: str, layers: str) -> None:

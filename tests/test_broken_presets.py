@@ -274,7 +274,6 @@ MODEL_FLAGS = {spec.name: spec for spec in flag_table().values() if spec.role is
 INERT = {  # flags of which a value away from the default leaves this model as it is, and why
     "--apply-query-key-layer-scaling": "scales the logits down and up again",
     "--attention-softmax-in-fp32": "precision of the run",
-    "--encoder-seq-length": "the length of the run",
     "--make-vocab-size-divisible-by": "has no effect beside --padded-vocab-size",
     "--moe-router-dtype": "precision of the run",
     "--no-position-embedding": "rotary positions have no table",

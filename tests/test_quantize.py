@@ -205,9 +205,10 @@ def test_calibration_grows_until_every_expert_sees_tokens(monkeypatch: pytest.Mo
     for least in (1, 12, 10**6):
         monkeypatch.setattr("harness.quantize.LEAST_TOKENS", least)
         model = build("Qwen3-MoE")
-        tokens = calibration_tokens(model, small, CPU, seed=1234)
         count = TokenCount(model)
-        count.forward(model, tokens)
+        with captured():
+            tokens = calibration_tokens(model, small, CPU, seed=1234)
+            count.forward(model, tokens)
         seen.append((tokens.numel(), min(count.by_expert.values()) >= least))
     assert seen[0][1] and seen[1][1]
     assert seen[0][0] < seen[1][0] < seen[2][0] == 11 * 24  # 64 x 8 experts / top-2, in whole sequences
@@ -373,7 +374,7 @@ def test_starved_experts_are_found(recipe: Recipe) -> None:
     result = quantize(model, recipe, model_of("Qwen3-MoE"), CPU)
     starved = [finding for finding in result.findings if "calibration tokens" in finding.message]
     assert messages(tuple(starved)) == [
-        f"layers.1.mlp.experts.local_experts.{index}  saw none of the 192 calibration tokens"
+        f"layers.1.mlp.experts.local_experts.{index}  saw none of the 264 calibration tokens"
         for index in (4, 5, 6, 7)
     ]
     assert starved[0].module == "decoder.layers.1.mlp.experts.local_experts.4"

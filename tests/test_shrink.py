@@ -210,7 +210,7 @@ def test_a_missing_query_latent_stays_missing() -> None:
         ("Nemotron-H-8B-Base-8K", "M-M*-"),
         ("Nemotron-H-47B-Reasoning-128K", "MM-M*--"),
         ("NVIDIA-Nemotron-3-Super-120B-A12B-BF16", "MEM*E"),
-        ("Qwen3-Next-80B-A3B-Instruct", "GEGE*E"),
+        ("Qwen3-Next-80B-A3B-Instruct", "GE*EG"),
     ],
 )
 def test_a_hybrid_keeps_each_kind_and_each_neighbour(name: str, pattern: str) -> None:
@@ -256,16 +256,16 @@ def test_frequencies_stay_where_they_still_say_the_same() -> None:
     gpt_oss = shrink(named("gpt-oss-120b"), Layout()).after
     assert gpt_oss.arguments["window_attn_skip_freq"] == 2
     maverick = shrink(named("Llama-4-Maverick-17B-128E-Instruct"), Layout()).after
-    assert maverick.arguments["moe_layer_freq"] == (0, 1, 0, 1, 0, 1)
-    assert maverick.arguments["no_rope_freq"] == (0, 0, 0, 1, 0, 1)
+    assert maverick.arguments["moe_layer_freq"] == (0, 1, 0, 1, 0)
+    assert maverick.arguments["no_rope_freq"] == (0, 0, 0, 1, 0)
 
 
 @pytest.mark.parametrize(
     ("pattern", "pp", "after"),
     [
-        ("M*M*|M-M-", 2, "M*M|-M-"),
-        ("M*M*|M-M-", 1, "M*M-M-"),
-        ("M*M*M-M-", 2, "M*M-M-"),
+        ("M*M*|M-M-", 2, "M*|M-M"),
+        ("M*M*|M-M-", 1, "M*M-M"),
+        ("M*M*M-M-", 2, "M*M-M*"),
         ("MMMM|MM", 2, "M|M"),
         ("MMMMMM/MM", 1, "MM"),
     ],

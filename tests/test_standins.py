@@ -206,6 +206,7 @@ def test_cuda_means_the_cpu() -> None:
         assert torch.ones(2, device="cuda").device == CPU
         assert torch.ones(2, device=torch.device("cuda", 3)).device == CPU
         assert torch.ones(2).to(device="cuda").device == CPU
+        assert torch.ones(2).to("cuda:1", torch.bfloat16).device == CPU
         assert torch.ones(2).cuda(non_blocking=True).device == CPU
         assert torch.empty(2, device=torch.cuda.current_device()).device == CPU
         assert torch.ones(2, device="meta").device.type == "meta"

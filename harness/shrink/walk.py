@@ -33,16 +33,17 @@ def shortest_walk(
     """
     edges = sorted(set(pairwise(kinds)))
     cost = {edge: _LAYER + (edge[1] in dear) for edge in edges}
-    repeated = (_again(edges, cost, kinds[0], last) for last in sorted(set(kinds)))
-    cheapest = min(
-        (again for again in repeated if again is not None),
-        key=lambda again: sum(cost[edge] for edge in again),
-    )
-    walk = _euler(kinds[0], [*edges, *cheapest])
-    if not fits(len(walk)):
-        lengthened = _lengthened(walk, cost, fits, len(kinds))
-        return list(kinds) if lengthened is None else lengthened
-    return walk
+    found = []
+    for last in sorted(set(kinds)):
+        again = _again(edges, cost, kinds[0], last)
+        if again is None:
+            continue
+        walk: list[int] | None = _euler(kinds[0], [*edges, *again])
+        if walk is not None and not fits(len(walk)):
+            walk = _lengthened(walk, cost, fits, len(kinds))
+        if walk is not None and len(walk) <= len(kinds):
+            found.append(walk)
+    return min(found, key=lambda walk: sum(cost[edge] for edge in pairwise(walk)), default=list(kinds))
 
 
 def _again(edges: Iterable[Edge], cost: Mapping[Edge, int], first: int, last: int) -> list[Edge] | None:
