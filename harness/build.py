@@ -213,8 +213,7 @@ def build_model(
     model = build(architecture, config, layout)
     # Megatron's get_model moves the model to the device and wraps it in Float16Module, which does this.
     model = model.to(device).bfloat16().eval()
-    if device.type != "meta":
-        fill(model, seed)
+    fill(model, seed)
     return model
 
 
