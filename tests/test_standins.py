@@ -144,11 +144,10 @@ def foreign_state() -> Mapping[str, Any]:
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
     from modelopt.torch.quantization import tensor_quant
     from torch._dynamo import eval_frame
-    from torch.overrides import _get_current_function_mode_stack
 
     return {
         **{f"cuda.{name}": value for name, value in vars(torch.cuda).items() if not name.startswith("__")},
-        "modes": list(_get_current_function_mode_stack()),
+        "tensors": (torch.Tensor.to, torch.Tensor.cuda, torch.empty, torch.zeros_like),
         "stance": eval_frame._stance.stance,
         "norm": layers.Norm,
         "spec norm": model_specs.Norm,
