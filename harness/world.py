@@ -79,7 +79,7 @@ def open_world(
             sys.excepthook = excepthook
 
 
-def _init_process_group(layout: Layout, device: torch.device, rank: int) -> AbstractContextManager[None]:
+def _init_process_group(layout: Layout, device: torch.device, rank: int) -> AbstractContextManager[object]:
     """torch's default group; what to hold open beside it."""
     if layout.world_size == 1:
         store = distributed.HashStore()  # type: ignore[attr-defined]
