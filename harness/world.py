@@ -12,8 +12,8 @@ import copy
 import gc
 import random
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +79,7 @@ def open_world(
             sys.excepthook = excepthook
 
 
-def _init_process_group(layout: Layout, device: torch.device, rank: int) -> AbstractContextManager[object]:
+def _init_process_group(layout: Layout, device: torch.device, rank: int) -> AbstractContextManager[None]:
     """torch's default group; what to hold open beside it."""
     if layout.world_size == 1:
         store = distributed.HashStore()  # type: ignore[attr-defined]
@@ -88,20 +88,7 @@ def _init_process_group(layout: Layout, device: torch.device, rank: int) -> Abst
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
-    stack = ExitStack()
-    stack.enter_context(patched(distributed, "all_to_all_single", _all_to_all_of_one))
-    stack.enter_context(patched(torch, "empty", _zeroed(torch.empty)))
-    return stack
-
-
-def _zeroed(empty: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """``torch.empty`` that gives zeros: Megatron gathers into such tensors, and some versions of the fake
-    group leave them as they were allocated, with numbers of chance, which may be no numbers."""
-
-    def zeros(*size: Any, **more: Any) -> torch.Tensor:
-        return empty(*size, **more).zero_()
-
-    return zeros
+    return patched(distributed, "all_to_all_single", _all_to_all_of_one)
 
 
 def _all_to_all_of_one(output: torch.Tensor, input: torch.Tensor, *sizes: Any, **more: Any) -> None:
