@@ -24,7 +24,7 @@ from harness.layers import (
     QKNorm,
 )
 from harness.layout import Layout
-from harness.rank import Rank, stages
+from harness.rank import Rank, stages_of
 
 _ONE_RANK, _FIRST = Layout(), Rank(0)
 
@@ -78,8 +78,7 @@ def activations(
     router's choice (their widths are held by the parameters). ``sequence_length`` must be a multiple of
     the layout's tp. Layers are numbered from the first of the rank's pipeline stage. Raises UnevenStages.
     """
-    pattern = architecture.arguments["hybrid_layer_pattern"] if architecture.hybrid else None
-    layers = stages(architecture.num_layers, layout, pattern)[rank.pp]
+    layers = stages_of(architecture, layout)[rank.pp]
     sizes = _Sizes((sequence_length, batch_size), architecture.hidden_size, layout.tp)
     shapes: dict[str, ModuleShapes] = {}
     if rank.pp == 0:

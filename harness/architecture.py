@@ -5,11 +5,12 @@ What the arithmetic side of the harness (inventory, audit, shrink, reference) re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from harness.arguments import Arguments
+from harness.arguments.kinds import main_pattern
 from harness.layers import (
     Attention,
     Dense,
@@ -44,6 +45,11 @@ class Architecture:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def pattern(self) -> str:
+        """A hybrid's layers as symbols, its pipeline stages (``|``) left in; empty for the others."""
+        return main_pattern(self.arguments.values) if self.hybrid else ""
 
     @property
     def attention(self) -> Attention | None:
@@ -251,6 +257,14 @@ def no_rope_layers(frequency: int | Sequence[int] | None, num_layers: int) -> tu
             )
         return tuple((index + 1) % frequency == 0 for index in range(num_layers))
     return _per_layer(frequency, num_layers, "no_rope_freq")
+
+
+# Arguments that say of every layer whether it has something, and how their values are read.
+PER_LAYER: Mapping[str, Callable[[Any, int], tuple[bool, ...]]] = {
+    "moe_layer_freq": moe_layers,
+    "window_attn_skip_freq": windowed_layers,
+    "no_rope_freq": no_rope_layers,
+}
 
 
 def _per_layer(pattern: Sequence[int], num_layers: int, dest: str) -> tuple[bool, ...]:

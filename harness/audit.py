@@ -14,7 +14,7 @@ from harness.blocks import misfit_findings
 from harness.finding import Finding, Severity
 from harness.inventory import Counts, counts
 from harness.layout import Layout
-from harness.layout_rules import limit_findings
+from harness.layout_rules import Limit, broken_limits, limit_findings
 from harness.recipes import Recipe
 
 
@@ -24,12 +24,13 @@ class Audit:
 
     ``published`` holds the published ``total`` and ``active``, where there are any. ``with_buffers`` names
     those of the two that are the counted parameters and the experts' biases besides, which Megatron keeps
-    as buffers.
+    as buffers. ``limits`` are those of the layout that the model breaks: with any it cannot be built there.
     """
 
     counts: Counts
     published: Mapping[str, int]
     with_buffers: tuple[str, ...]
+    limits: tuple[Limit, ...]
     findings: tuple[Finding, ...]
 
     @property
@@ -55,10 +56,11 @@ def audit(
         key for key, count in published.items() if counted.buffers and count == actual[key] + counted.buffers
     )
     findings = [*_counts(counted, published, known, params is not None)]
-    findings.extend(limit_findings(architecture, layout))
+    limits = broken_limits(architecture, layout)
+    findings.extend(limit_findings(architecture, limits))
     if recipe is not None:
         findings.extend(misfit_findings(architecture, layout, recipe))
-    return Audit(counted, published, with_buffers, tuple(findings))
+    return Audit(counted, published, with_buffers, limits, tuple(findings))
 
 
 def _of_the_text_model(params: Mapping[str, Any]) -> Mapping[str, Any]:

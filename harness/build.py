@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from harness.architecture import layer_symbols
+from harness.arguments.values import GPT_OSS_YARN
 from harness.errors import UnsupportedModel
 from harness.filling import fill
 from harness.finding import Finding, Severity
@@ -128,25 +129,14 @@ def transformer_config(
     namespace = _namespace(arguments, layout, device)
     config: TransformerConfig = core_transformer_config_from_args(namespace)
     if namespace.enable_gpt_oss:
-        for name, value in _GPT_OSS_YARN.items():
-            setattr(config, name, value)
+        config.position_embedding_type = "yarn"
+        # Set after the config is made, whatever the flags say, under names that all start alike.
+        for dest, value in GPT_OSS_YARN.items():
+            setattr(config, f"yarn_{dest.removeprefix('yarn_')}", value)
     # The spec and the experts read these off the config; Megatron has no flags for them but ModelOpt's.
     config.qk_l2_norm = namespace.export_qk_l2_norm
     config.moe_apply_probs_on_input = namespace.export_moe_apply_probs_on_input
     return config
-
-
-# model_builder.py sets these after the config is made, from the published gpt-oss configurations.
-_GPT_OSS_YARN: Mapping[str, Any] = {
-    "position_embedding_type": "yarn",
-    "yarn_rotary_scaling_factor": 32.0,
-    "yarn_original_max_position_embeddings": 131072,
-    "yarn_beta_fast": 32.0,
-    "yarn_beta_slow": 1.0,
-    "yarn_mscale": 1.0,
-    "yarn_mscale_all_dim": 0.0,
-    "yarn_correction_range_round_to_int": False,
-}
 
 
 def _namespace(arguments: Mapping[str, Any], layout: Layout, device: torch.device) -> argparse.Namespace:

@@ -5,13 +5,13 @@ Read off megatron-core 0.19 and ModelOpt 0.47; a rule names where. Nothing is bu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from harness.finding import Finding, Severity
-from harness.rank import UnevenStages, stages
+from harness.rank import UnevenStages, stages_of
 
 if TYPE_CHECKING:
     from harness.architecture import Architecture
@@ -60,9 +60,9 @@ def why_impossible(architecture: Architecture, layout: Layout) -> str | None:
     return next((limit.message for limit in broken_limits(architecture, layout) if limit.impossible), None)
 
 
-def limit_findings(architecture: Architecture, layout: Layout) -> Iterator[Finding]:
-    """An error for each limit that is broken, at the flag that sets the size at fault."""
-    for limit in broken_limits(architecture, layout):
+def limit_findings(architecture: Architecture, limits: Iterable[Limit]) -> Iterator[Finding]:
+    """An error for each of the broken ``limits``, at the flag that sets the size at fault."""
+    for limit in limits:
         if limit.dest is None:
             yield Finding(
                 "audit", Severity.ERROR, limit.message, expected=limit.expected, actual=limit.actual
@@ -199,9 +199,8 @@ def _stages(architecture: Architecture, layout: Layout) -> Iterator[Limit]:
         expected = f"at least {layout.pp}"
         yield Limit("stages", Owner.MEGATRON, text, dest, expected, layers, impossible=True)
         return
-    pattern = architecture.arguments["hybrid_layer_pattern"] if architecture.hybrid else None
     try:
-        stages(layers, layout, pattern)
+        stages_of(architecture, layout)
     except UnevenStages as error:
         yield Limit("stages", Owner.MEGATRON, str(error), dest, actual=layers)
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from harness.inventory import Shape, parameters
 from harness.layers import MoE
-from harness.rank import stages
-from harness.sharding import UnevenSplit, split_axis
+from harness.rank import stages_of
+from harness.sharding import divided, shard
 
 if TYPE_CHECKING:
     from harness.architecture import Architecture
@@ -58,14 +58,9 @@ class _Weight:
 
     def on_rank(self, layout: Layout) -> tuple[Shape, int]:
         """Shape and number on any rank of one stage. Raises UnevenSplit."""
-        axis, parts = split_axis(self.name), layout.etp if self.expert else layout.tp
-        shape, times = self.shape, self.times
-        if axis is not None:
-            size = _share(self.name, shape[axis], parts)
-            shape = (*shape[:axis], size, *shape[axis + 1 :])
         if self.expert:
-            times = _share(self.name, times, layout.ep)
-        return shape, times
+            return shard(self.name, self.shape, layout.etp), divided(self.name, self.times, layout.ep)
+        return shard(self.name, self.shape, layout.tp), self.times
 
 
 class Weights:
@@ -92,8 +87,7 @@ class Weights:
         per_kind = {layer: _bytes(weights, layout, recipe) for layer, weights in self._layers.items()}
         first, last = _bytes(self._embedding, layout, recipe), _bytes(self._output, layout, recipe)
         found = []
-        pattern = full.arguments["hybrid_layer_pattern"] if full.hybrid else None
-        for stage, layers in enumerate(stages(full.num_layers, layout, pattern)):
+        for stage, layers in enumerate(stages_of(full, layout)):
             counted = Counter(full.layers[index] for index in layers)
             total = sum(times * per_kind[layer] for layer, times in counted.items())
             total += first if stage == 0 else 0
@@ -158,9 +152,3 @@ def _weights_of(architecture: Architecture, layer: Layer) -> Iterator[_Weight]:
 
 def _is_embedding(name: str) -> bool:
     return name.startswith("embedding.")
-
-
-def _share(name: str, size: int, parts: int) -> int:
-    if size % parts:
-        raise UnevenSplit(name, size, parts)
-    return size // parts

@@ -22,7 +22,6 @@ from harness.errors import UsageError
 from harness.finding import Finding, Severity, has_errors
 from harness.inventory import counts
 from harness.layout import Layout
-from harness.layout_rules import broken_limits
 from harness.preset import PresetFile, load_preset
 from harness.recipes import Recipe, find_recipe
 from harness.reference import Facts, compare, compare_checkpoint, facts_beside
@@ -124,7 +123,7 @@ def _read(run: Run, file: PresetFile, layout: Layout, recipe: Recipe | None) -> 
                 stage.findings.extend(result.findings)
                 stage.detail = result.detail
                 # What cannot run at this layout is not built, and its plan would be another model's.
-                stage.usable = not broken_limits(full, layout)
+                stage.usable = not result.limits
     return full
 
 

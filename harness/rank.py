@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from harness.architecture import Architecture
     from harness.layout import Layout
 
 
@@ -64,6 +65,11 @@ def stages(num_layers: int, layout: Layout, pattern: str | None = None) -> tuple
     sizes = _sizes(num_layers, layout)
     starts = [sum(sizes[:stage]) for stage in range(layout.pp)]
     return tuple(range(start, start + size) for start, size in zip(starts, sizes, strict=True))
+
+
+def stages_of(architecture: Architecture, layout: Layout) -> tuple[range, ...]:
+    """The layers of each pipeline stage of a model, by index. Raises UnevenStages as ``stages``."""
+    return stages(architecture.num_layers, layout, architecture.pattern)
 
 
 def _marked(main: str, layout: Layout) -> tuple[range, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from harness.inventory import Shape, parameters
-from harness.rank import Rank, stages
+from harness.rank import Rank, stages_of
 
 if TYPE_CHECKING:
     from harness.architecture import Architecture
@@ -50,9 +50,8 @@ class UnevenSplit(ValueError):
 def rank_parameters(architecture: Architecture, layout: Layout, rank: Rank) -> dict[str, Shape]:
     """Every parameter's name and shape on ``rank``. Raises UnevenSplit, or UnevenStages of ``rank.py``."""
     for name, size, parts in units(architecture, layout):
-        _divided(name, size, parts)
-    pattern = architecture.arguments["hybrid_layer_pattern"] if architecture.hybrid else None
-    layers = stages(architecture.num_layers, layout, pattern)[rank.pp]
+        divided(name, size, parts)
+    layers = stages_of(architecture, layout)[rank.pp]
     whole = parameters(architecture)
     first, last = rank.pp == 0, rank.pp == layout.pp - 1
     if last and not first and architecture.tied_embeddings:
@@ -99,15 +98,15 @@ def _on_rank(
         layer = _LAYER.fullmatch(name)
         if layer is None:
             if first if name.startswith("embedding.") else last:
-                yield name, _shard(name, shape, layout.tp)
+                yield name, shard(name, shape, layout.tp)
         elif int(layer[1]) in layers:
             local = f"decoder.layers.{int(layer[1]) - layers.start}.{layer[2]}"
             expert = _EXPERT.fullmatch(local)
             if expert is None:
-                yield local, _shard(name, shape, layout.tp)
+                yield local, shard(name, shape, layout.tp)
             elif int(expert[2]) in experts:
                 number = int(expert[2]) - experts.start
-                yield f"{expert[1]}.{number}.{expert[3]}", _shard(name, shape, layout.etp)
+                yield f"{expert[1]}.{number}.{expert[3]}", shard(name, shape, layout.etp)
 
 
 def split_axis(name: str) -> int | None:
@@ -117,14 +116,16 @@ def split_axis(name: str) -> int | None:
     return 1 if _COLUMNS.search(name) else None
 
 
-def _shard(name: str, shape: Shape, parts: int) -> Shape:
+def shard(name: str, shape: Shape, parts: int) -> Shape:
+    """Shape of a parameter that is split over so many ranks, its own if it is split over none."""
     axis = split_axis(name)
     if axis is None:
         return shape
-    return (*shape[:axis], _divided(name, shape[axis], parts), *shape[axis + 1 :])
+    return (*shape[:axis], divided(name, shape[axis], parts), *shape[axis + 1 :])
 
 
-def _divided(name: str, size: int, parts: int) -> int:
+def divided(name: str, size: int, parts: int) -> int:
+    """``size / parts``. Raises UnevenSplit where that is not whole."""
     if size % parts:
         raise UnevenSplit(name, size, parts)
     return size // parts

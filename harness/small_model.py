@@ -18,7 +18,7 @@ from harness.errors import UnsupportedModel
 from harness.finding import Finding, Severity
 from harness.inventory import counts
 from harness.layout import Layout
-from harness.rank import Rank, UnevenStages, rank_of, stages
+from harness.rank import Rank, UnevenStages, rank_of, stages_of
 from harness.recipes import Recipe
 from harness.sharding import rank_parameters
 from harness.shrink import NoPlan, ShrinkPlan, shrink
@@ -65,7 +65,6 @@ def layout_of_plan(plan: ShrinkPlan, layout: Layout) -> Layout:
     An uneven first or last stage holds about the same share of the layers as it was asked to.
     """
     layers = plan.after.num_layers
-    pattern = plan.after.arguments["hybrid_layer_pattern"] if plan.after.hybrid else None
 
     def choices(size: int | None) -> list[int | None]:
         if size is None:
@@ -77,7 +76,7 @@ def layout_of_plan(plan: ShrinkPlan, layout: Layout) -> Layout:
     for first, last in product(choices(layout.first), choices(layout.last)):
         candidate = replace(layout, first=first, last=last)
         try:
-            stages(layers, candidate, pattern)
+            stages_of(plan.after, candidate)
         except UnevenStages:
             continue
         return candidate

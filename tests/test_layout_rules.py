@@ -11,6 +11,7 @@ from small_models import MODELS, model_of
 
 from harness.architecture import Architecture, architecture
 from harness.blocks import misfits
+from harness.finding import Finding
 from harness.layout import Layout
 from harness.layout_rules import (
     Limit,
@@ -40,6 +41,10 @@ def named(name: str) -> Architecture:
 
 def changed(model: Architecture, **changes: Any) -> Architecture:
     return architecture(model.arguments.replaced(changes))
+
+
+def _findings(model: Architecture, layout: str) -> tuple[Finding, ...]:
+    return tuple(limit_findings(model, broken(model, layout)))
 
 
 def broken(model: Architecture, layout: str) -> tuple[Limit, ...]:
@@ -162,11 +167,11 @@ def test_a_layout_without_a_meaning(layout: str, impossible: bool) -> None:
 
 
 def test_findings_stand_at_the_flag_at_fault() -> None:
-    (finding,) = limit_findings(named("phi-4"), Layout.parse("tp4"))
+    (finding,) = _findings(named("phi-4"), "tp4")
     assert (finding.stage, finding.flag, finding.actual) == ("audit", "--num-query-groups", 10)
     assert finding.is_error
     assert finding.line is not None
-    (finding,) = limit_findings(named("Qwen3-30B-A3B"), Layout.parse("tp2,ep2"))
+    (finding,) = _findings(named("Qwen3-30B-A3B"), "tp2,ep2")
     assert (finding.flag, finding.actual) == (None, "tp2,ep2")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
-from harness.architecture import NotAModel, layer_symbols, moe_layers, no_rope_layers, windowed_layers
+from harness.architecture import PER_LAYER, NotAModel, layer_symbols
 from harness.arguments.idle import IDLE
 from harness.arguments.kinds import has_layer, is_hybrid, rotary
 from harness.arguments.values import Arguments
@@ -37,9 +37,9 @@ def effective(arguments: Arguments, dest: str, num_layers: int | None = None) ->
     if not all(depends(values) for depends in _DEPENDS.get(dest, ())):
         return NO_EFFECT
     value = values[dest]
-    if dest in _PATTERNS:
+    if dest in PER_LAYER:
         layers = values["num_layers"] if num_layers is None else num_layers
-        return _by_layer(_PATTERNS[dest], value, layers)
+        return _by_layer(PER_LAYER[dest], value, layers)
     normal = _NORMAL.get(dest)
     return value if normal is None else normal(values, value)
 
@@ -134,12 +134,6 @@ _NORMAL: Mapping[str, Callable[[Values, Any], Any]] = {
 
 
 # Patterns
-
-_PATTERNS: Mapping[str, Callable[[Any, int], tuple[bool, ...]]] = {
-    "moe_layer_freq": moe_layers,
-    "window_attn_skip_freq": windowed_layers,
-    "no_rope_freq": no_rope_layers,
-}
 
 
 def _by_layer(pattern: Callable[[Any, int], tuple[bool, ...]], value: Any, num_layers: int) -> Any:

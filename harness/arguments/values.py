@@ -277,7 +277,7 @@ def _yarn(r: _Resolution) -> None:
     """YaRN's constants: what the builder sets for gpt-oss, or Megatron's own where no flag gives one."""
     if r.values["export_model_type"] == "GPTModel" and r.values["enable_gpt_oss"]:
         because = "--enable-gpt-oss sets it, whatever other flags say"
-        for dest, value in _GPT_OSS_YARN.items():
+        for dest, value in GPT_OSS_YARN.items():
             if r.given(dest) and r.values[dest] != value:
                 message = f"--enable-gpt-oss overrides it with {value}: leave one of the two out"
                 r.report(dest, message, expected=value, actual=r.values[dest])
@@ -298,7 +298,7 @@ _YARN = {
     "yarn_beta_slow": 1.0,
     "yarn_correction_range_round_to_int": True,
 }
-_GPT_OSS_YARN = {
+GPT_OSS_YARN = {
     "rotary_scaling_factor": 32.0,
     "yarn_original_max_position_embeddings": 131072,
     "yarn_beta_fast": 32.0,

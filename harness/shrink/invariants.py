@@ -207,8 +207,7 @@ def pipeline_stages(architecture: Architecture, layout: Layout) -> list[str] | N
 
     None without a split, and at a pipeline size to which the split does not belong.
     """
-    pattern = architecture.arguments["hybrid_layer_pattern"] if architecture.hybrid else None
-    parts = (pattern or "").partition("/")[0].split("|")
+    parts = architecture.pattern.split("|")
     return parts if layout.pp > 1 and len(parts) == layout.pp else None
 
 

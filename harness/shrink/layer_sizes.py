@@ -6,18 +6,16 @@ from itertools import pairwise
 from math import gcd
 from typing import TYPE_CHECKING, Any
 
-from harness.architecture import NotAModel, layer_symbols, moe_layers, no_rope_layers, windowed_layers
+from harness.architecture import PER_LAYER, NotAModel, layer_symbols
 from harness.layers import Attention, MoE
 from harness.shrink.invariants import evenly_staged, layer_kinds, pipeline_stages
 from harness.shrink.walk import shortest_walk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from harness.architecture import Architecture
     from harness.layout import Layout
-
-    _Spread = Callable[[Any, int], tuple[bool, ...]]
 
 # A preset is untrusted: a size with ten digits must not keep the search busy. No plan of a published model
 # has more query groups, heads or multiples of the fewest experts than this.
@@ -47,9 +45,9 @@ def layer_changes(before: Architecture, layout: Layout) -> dict[str, Any]:
         symbols = layer_symbols(before.arguments["hybrid_layer_pattern"])
         pattern = "".join(symbols[index] for index in models)
         changes["hybrid_layer_pattern"] = _split(pattern, len(parts or [pattern]))
-    for dest, spread, applies in _PATTERNS:
-        if applies(before):
-            changes[dest] = _frequency(before, dest, spread, models)
+    for dest in PER_LAYER:
+        if _READ_BY[dest](before):
+            changes[dest] = _frequency(before, dest, models)
     return changes
 
 
@@ -64,22 +62,17 @@ def _split(symbols: str, stages: int) -> str:
     return "|".join(symbols[start:end] for start, end in pairwise(cuts))
 
 
-# Arguments that say of every layer whether it has something, and the models that read them.
-_PATTERNS: tuple[tuple[str, _Spread, Callable[[Architecture], bool]], ...] = (
-    ("moe_layer_freq", moe_layers, lambda a: not a.hybrid and bool(a.arguments["num_experts"])),
-    ("window_attn_skip_freq", windowed_layers, lambda a: a.arguments["window_size"] is not None),
-    ("no_rope_freq", no_rope_layers, lambda a: bool(a.arguments["no_rope_freq"])),
-)
+# The models that read each of the arguments in PER_LAYER.
+_READ_BY: Mapping[str, Callable[[Architecture], bool]] = {
+    "moe_layer_freq": lambda a: not a.hybrid and bool(a.arguments["num_experts"]),
+    "window_attn_skip_freq": lambda a: a.arguments["window_size"] is not None,
+    "no_rope_freq": lambda a: bool(a.arguments["no_rope_freq"]),
+}
 
 
-def _frequency(
-    before: Architecture,
-    dest: str,
-    spread: _Spread,
-    models: Sequence[int],
-) -> int | tuple[int, ...] | None:
+def _frequency(before: Architecture, dest: str, models: Sequence[int]) -> int | tuple[int, ...] | None:
     """The value of ``dest`` for the layers like ``models``: the real one where it says the same of them."""
-    value = before.arguments[dest]
+    value, spread = before.arguments[dest], PER_LAYER[dest]
     real = spread(value, before.num_layers)
     wanted = tuple(real[index] for index in models)
     if isinstance(value, list | tuple):

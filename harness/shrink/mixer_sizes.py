@@ -1,6 +1,6 @@
 """Mixer sizes: a mixer at full size -> the smaller ones that keep S1, S4, S9, S10 and S12.
 
-What ties a mixer to the hidden size (S3, S10) is left to the search in ``shrink.py``.
+What ties a mixer to the hidden size (S3, S10) is left to the search in ``plan.py``.
 """
 
 from __future__ import annotations
