@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from harness.architecture import Architecture
-from harness.inventory import Shape, final_norm, mixer_name, mixer_norm
+from harness.inventory import Shape, final_norm, mixer_name, mixer_norm, prefixed
 from harness.layers import (
     Attention,
     Dense,
@@ -125,12 +125,12 @@ def _layer(layer: Layer, sizes: _Sizes) -> Iterator[NamedShapes]:
         yield mixer_norm(layer.mixer), _same(hidden)
         name = mixer_name(layer.mixer)
         yield name, ModuleShapes((), (hidden,))
-        yield from _prefixed(name, _mixer(layer.mixer, sizes))
+        yield from prefixed(name, _mixer(layer.mixer, sizes))
     if layer.mlp is not None:
         yield "pre_mlp_layernorm", _same(hidden)
         yield "mlp", _same(hidden)
         inside = _moe(layer.mlp, sizes) if isinstance(layer.mlp, MoE) else _dense(layer.mlp, sizes)
-        yield from _prefixed("mlp", inside)
+        yield from prefixed("mlp", inside)
 
 
 def _mixer(mixer: Mixer, sizes: _Sizes) -> Iterator[NamedShapes]:
@@ -203,14 +203,9 @@ def _moe(moe: MoE, sizes: _Sizes) -> Iterator[NamedShapes]:
         yield "fc2_latent_proj", ModuleShapes((latent,), (hidden,))
     if moe.shared is not None:
         yield "shared_experts", _same(hidden)
-        yield from _prefixed("shared_experts", _dense(moe.shared, sizes))
+        yield from prefixed("shared_experts", _dense(moe.shared, sizes))
 
 
 def _dense(dense: Dense, sizes: _Sizes) -> Iterator[NamedShapes]:
     yield "linear_fc1", ModuleShapes((sizes.hidden,), (sizes.split(dense.fc1_width),))
     yield "linear_fc2", ModuleShapes((sizes.split(dense.ffn_hidden_size),), (sizes.hidden,))
-
-
-def _prefixed(prefix: str, shapes: Iterator[NamedShapes]) -> Iterator[NamedShapes]:
-    for name, both in shapes:
-        yield f"{prefix}.{name}", both

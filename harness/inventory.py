@@ -112,21 +112,21 @@ def _layer(architecture: Architecture, layer: Layer) -> Iterator[Named]:
     yield from _outside_experts(architecture, layer)
     if isinstance(layer.mlp, MoE):
         for expert in range(layer.mlp.num_experts):
-            yield from _prefixed(f"mlp.experts.local_experts.{expert}", _expert(architecture, layer.mlp))
+            yield from prefixed(f"mlp.experts.local_experts.{expert}", _expert(architecture, layer.mlp))
 
 
 def _outside_experts(architecture: Architecture, layer: Layer) -> Iterator[Named]:
     """A layer without its routed experts."""
     if layer.mixer is not None:
         yield from _norm(architecture, mixer_norm(layer.mixer), architecture.hidden_size)
-        yield from _prefixed(mixer_name(layer.mixer), _mixer(architecture, layer.mixer))
+        yield from prefixed(mixer_name(layer.mixer), _mixer(architecture, layer.mixer))
     if layer.mlp is None:
         return
     yield from _norm(architecture, "pre_mlp_layernorm", architecture.hidden_size)
     if isinstance(layer.mlp, MoE):
-        yield from _prefixed("mlp", _around_experts(layer.mlp, architecture.hidden_size))
+        yield from prefixed("mlp", _around_experts(layer.mlp, architecture.hidden_size))
     else:
-        yield from _prefixed("mlp", _dense(layer.mlp, architecture.hidden_size))
+        yield from prefixed("mlp", _dense(layer.mlp, architecture.hidden_size))
 
 
 def mixer_name(mixer: Mixer) -> str:
@@ -214,7 +214,7 @@ def _around_experts(moe: MoE, hidden: int) -> Iterator[Named]:
             if moe.expert.bias:
                 yield f"{name}.bias", (outputs,)
     if moe.shared is not None:
-        yield from _prefixed("shared_experts", _dense(moe.shared, hidden))
+        yield from prefixed("shared_experts", _dense(moe.shared, hidden))
         if moe.shared_gate:
             yield "shared_experts.gate_weight", (1, hidden)
 
@@ -238,6 +238,7 @@ def _norm(architecture: Architecture, name: str, width: int) -> Iterator[Named]:
         yield f"{name}.bias", (width,)
 
 
-def _prefixed(prefix: str, shapes: Iterator[Named]) -> Iterator[Named]:
-    for name, shape in shapes:
-        yield f"{prefix}.{name}", shape
+def prefixed[T](prefix: str, named: Iterator[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+    """The same, each name below ``prefix``."""
+    for name, what in named:
+        yield f"{prefix}.{name}", what
