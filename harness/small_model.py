@@ -157,6 +157,7 @@ class SmallModel:
 
     def _build(self, run: Run, device: torch.device, small: Architecture, layout: Layout, rank: Rank) -> None:
         from harness.build import build_model, compare_parameters, parameter_shapes, refused
+        from harness.world import receiving
 
         model: Any = None
         with run.stage("build") as stage:
@@ -167,10 +168,11 @@ class SmallModel:
             if stage.usable:
                 stage.findings.extend(compare_parameters(expected, parameter_shapes(model)))
                 stage.detail = f"{len(expected)} parameters as in the inventory"
-        if run.can("forward"):
-            self._forward(run, device, small, layout, rank, model)
-        if run.can("quantize"):
-            self._quantize(run, device, small, layout, model)
+        with receiving(layout):
+            if run.can("forward"):
+                self._forward(run, device, small, layout, rank, model)
+            if run.can("quantize"):
+                self._quantize(run, device, small, layout, model)
 
     def _forward(
         self, run: Run, device: torch.device, small: Architecture, layout: Layout, rank: Rank, model: Any

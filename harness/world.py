@@ -91,6 +91,23 @@ def _init_process_group(layout: Layout, device: torch.device, rank: int) -> Abst
     return patched(distributed, "all_to_all_single", _all_to_all_of_one)
 
 
+@contextmanager
+def receiving(layout: Layout) -> Iterator[None]:
+    """While a model of a simulated rank runs: what other ranks would send is zeros where nothing comes.
+
+    Megatron gathers into tensors made by ``torch.empty``, and the fake group of some versions of torch
+    leaves them as they were allocated: numbers of chance, which may be no numbers, and ModelOpt stops at
+    those. Not while a model is built: zeros take memory that a full-size model's empty tensors do not.
+    """
+    empty = torch.empty
+
+    def zeros(*size: Any, **more: Any) -> torch.Tensor:
+        return empty(*size, **more).zero_()
+
+    with patched(torch, "empty", zeros) if layout.world_size > 1 else nullcontext():
+        yield
+
+
 def _all_to_all_of_one(output: torch.Tensor, input: torch.Tensor, *sizes: Any, **more: Any) -> None:
     """Fill ``output`` from this rank's own rows, over and over.
 

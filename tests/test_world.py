@@ -14,7 +14,7 @@ from harness.layout import Layout
 from harness.rank import Rank, ranks
 from harness.standins import installed
 from harness.standins.output import import_foreign
-from harness.world import open_world
+from harness.world import open_world, receiving
 
 import_foreign()
 
@@ -152,3 +152,15 @@ def test_other_ranks_send_what_this_one_has() -> None:
         assert exchanged.tolist() == [0, 1, 2, 0, 1]
         distributed.all_to_all_single(exchanged, own[:0], [2, 3], [0, 0], group=group)
         assert exchanged.tolist() == [0] * 5
+
+
+def test_nothing_of_chance_is_received() -> None:
+    empty = torch.empty
+    with receiving(Layout()):
+        assert torch.empty is empty
+    with pytest.raises(ZeroDivisionError), receiving(Layout(tp=2)):
+        torch.full((4096,), torch.nan)  # what an allocation of that size would find
+        assert not torch.empty(4096).any()
+        assert torch.empty(2, 3, dtype=torch.int64).tolist() == [[0] * 3] * 2
+        1 / 0  # noqa: B018
+    assert torch.empty is empty
