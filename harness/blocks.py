@@ -1,182 +1,181 @@
-"""Blocks: an architecture, a layout and a recipe -> the matrices whose inputs the blocks do not divide.
+"""Blocks: an architecture, a layout and a recipe -> the dimensions that the recipe's blocks do not divide.
 
-By arithmetic alone. A forward pass does not show them: a partial block is filled up with zeros without a
-word, by ModelOpt (static blocks) or by its kernel (dynamic ones).
+By arithmetic alone, matrix by matrix as the recipe says. A forward pass does not show them: a partial block
+is filled up with zeros without a word, by ModelOpt (static blocks) or by its kernel (dynamic ones).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
-from harness.arguments import flag_for
+from harness.dimensions import Dimension, dimensions
 from harness.finding import Finding, Severity
+from harness.layers import Attention, Dense, GatedDeltaNet, Layer, Mamba, MoE
 
 if TYPE_CHECKING:
     from harness.architecture import Architecture
-    from harness.layers import MoE
     from harness.layout import Layout
     from harness.recipes import Format, Recipe
 
+_E4M3, _E2M1 = (4, 3), (2, 1)
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """One input dimension of quantized matrices: what sets it, and how many ranks share it.
-
-    ``size`` is of the whole model, ``factors`` the arguments whose product it is, the one at fault first.
-    ``matrices`` are module paths within a layer, the number of a routed expert left out.
-    """
-
-    factors: tuple[str, ...]
-    size: int
-    parts: int
-    matrices: tuple[str, ...]
-
-    @property
-    def whole(self) -> bool:
-        return self.size % self.parts == 0
-
-    @property
-    def per_rank(self) -> int:
-        return self.size // self.parts
+# ``_dynamic_block_quantize_impl`` does not hand the config's block size on to ModelOpt's Triton kernel of
+# NVFP4, which all GPUs from compute capability 8.9 on run: it takes its default.
+_KERNEL_BLOCK = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Misfit:
-    """Input dimensions that the blocks of ``format`` do not divide on a rank of a layout."""
+    """A dimension that the blocks of ``format`` do not divide on a rank of a layout."""
 
-    inputs: Inputs
+    dimension: Dimension
+    block: int
     format: Format
-
-    @property
-    def block(self) -> int:
-        assert self.format.block_size is not None
-        return self.format.block_size
 
     def text(self, architecture: Architecture) -> str:
         """The dimension and why: ``--moe-ffn-hidden-size 1856 / 8 = 232, not a multiple of 16``."""
-        inputs, arguments = self.inputs, architecture.arguments
-        factors = sorted(inputs.factors, key=_order)
-        said = " x ".join(f"{flag_for(dest)} {arguments[dest]}" for dest in factors)
-        if len(inputs.factors) > 1:
-            said += f" = {inputs.size}"
-        if inputs.parts > 1:
-            said += f" / {inputs.parts} = {inputs.per_rank}"
-        return f"{said}, not a multiple of {self.block}"
+        return f"{self.dimension.text(architecture)}, not a multiple of {self.block}"
 
     @property
     def consequence(self) -> str:
         """What then happens, in a forward pass and at the export.
 
-        Static: ``TensorQuantizer._setup_for_blockquant`` pads, ``pack_int4_in_uint8`` refuses partial
-        blocks. Dynamic: ``fp4_fake_quant_block`` reads zeros past a row's end, ``NVFP4QTensor`` refuses.
-        Where only the part of a rank is uneven, the whole matrix is exported in blocks that no rank had.
+        Static: ``TensorQuantizer._setup_for_blockquant`` pads. Dynamic: ``fp4_fake_quant_block`` and
+        ``fused_amax_convert`` read zeros past a row's end. Where only the part of a rank is uneven, the
+        whole matrix is exported in blocks that no rank had.
         """
-        who = "the kernel reads" if self.format.dynamic else "ModelOpt pads its last block with"
-        zeros = "zeros past its end" if self.format.dynamic else "zeros"
-        if self.inputs.size % self.block:
-            return f"{who} {zeros} without a word, and the export refuses it"
-        return f"{who} {zeros} without a word, and its blocks are not those of the whole matrix at the export"
+        said = "ModelOpt pads its last block with zeros without a word"
+        if self.format.dynamic:
+            said = "the kernel reads zeros past its end without a word"
+            if (
+                self.format.is_nvfp4
+                and self.block != _KERNEL_BLOCK
+                and not self.dimension.per_rank % _KERNEL_BLOCK
+            ):
+                said = f"the kernel takes blocks of {_KERNEL_BLOCK} in their place without a word"
+        if self.dimension.what == "heads":
+            return said
+        if self.dimension.size % self.block:
+            return f"{said}, and {_export(self.format)}"
+        return f"{said}, and its blocks are not those of the whole matrix at the export"
 
 
-def _order(dest: str) -> int:
-    """Counts before the widths that they multiply."""
-    return 0 if "num_" in dest else 1
+def _export(entry: Format) -> str:
+    """What ModelOpt's export and compression do with a partial block of such weights.
+
+    ``pack_int4_in_uint8``, ``NVFP4QTensor`` and ``MXFP8QTensor`` refuse it, ``FP8QTensor`` pads,
+    ``MXFP4QTensor`` takes its blocks from the matrix as one row; ``get_quantization_format`` knows no other
+    MX format.
+    """
+    if entry.is_mx and entry.num_bits == _E2M1:
+        return "the export lets its blocks run over the ends of rows"
+    if entry.is_mx and entry.num_bits != _E4M3:
+        return "ModelOpt exports no such format"
+    if entry.num_bits == _E4M3 and not entry.is_mx:
+        return "so does the export"
+    return "the export refuses it"
 
 
 def misfits(architecture: Architecture, layout: Layout, recipe: Recipe) -> tuple[Misfit, ...]:
-    """Every input dimension, per rank, that a block of ``recipe`` does not divide.
+    """Every dimension, per rank, that a block of ``recipe`` does not divide, with the matrices it is of.
 
     What the layout itself does not divide is not among them: no rank has such a matrix.
     """
-    formats = recipe.blocked_formats
-    if not formats:
+    return misfits_among(tuple(dimensions(architecture, layout)), architecture, recipe)
+
+
+def misfits_among(
+    known: Sequence[Dimension], architecture: Architecture, recipe: Recipe
+) -> tuple[Misfit, ...]:
+    """The misfits among the dimensions of ``architecture`` on a layout, made once for all recipes."""
+    if not recipe.has_blocks:
         return ()
     return tuple(
-        Misfit(inputs, entry)
-        for inputs in quantized_inputs(architecture, layout)
-        for entry in formats
-        if inputs.whole and entry.block_size is not None and inputs.per_rank % entry.block_size
+        misfit
+        for dimension in known
+        if dimension.whole
+        for misfit in _of_dimension(architecture, dimension, recipe)
     )
+
+
+def _of_dimension(architecture: Architecture, dimension: Dimension, recipe: Recipe) -> Iterator[Misfit]:
+    """A misfit per block size and format; the matrices of each in their order."""
+    found: dict[tuple[int, Format], list[str]] = {}
+    for matrix in dimension.matrices:
+        layers = _layers_with(architecture, matrix) if recipe.by_layer else (0,)
+        sizes: dict[int, Format] = {}
+        for layer in layers:
+            for size, entry in _blocks_along(recipe, matrix, layer, dimension.axis, dimension.quantizers):
+                sizes.setdefault(size, entry)
+        for size, entry in sizes.items():
+            if dimension.per_rank % size:
+                found.setdefault((size, entry), []).append(matrix)
+    for (size, entry), matrices in found.items():
+        yield Misfit(replace(dimension, matrices=tuple(matrices)), size, entry)
+
+
+@cache
+def _blocks_along(
+    recipe: Recipe, matrix: str, layer: int, axis: int, quantizers: tuple[str, ...]
+) -> tuple[tuple[int, Format], ...]:
+    """(size, format) of the blocks along one dimension, of a matrix in a layer; its weights' first."""
+    path = module_path(matrix, layer)
+    return tuple(
+        (size, entry)
+        for which in quantizers
+        for entry in recipe.formats_of(path, which)
+        for along, size in entry.partial_blocks
+        if _from_the_end(along, which) == axis
+    )
+
+
+def _from_the_end(axis: int, which: str) -> int:
+    """A matrix has two dimensions; how many a tensor of activations has, three or four, no config knows."""
+    if axis < 0 or which != "weight":
+        return axis
+    return axis - 2
+
+
+def module_path(matrix: str, layer: int = 0) -> str:
+    """The path in the model of a matrix named within its layer; of the routed experts the first one's."""
+    if matrix.startswith(("output_layer", "embedding.")):
+        return matrix
+    return f"decoder.layers.{layer}." + matrix.replace("mlp.experts.", "mlp.experts.local_experts.0.")
+
+
+def _layers_with(architecture: Architecture, matrix: str) -> tuple[int, ...]:
+    """The numbers of the layers that have such a matrix, as a model in one stage numbers them."""
+    if not matrix.startswith(("self_attention.", "mixer.", "mlp.")):
+        return (0,)
+    return tuple(index for index, layer in enumerate(architecture.layers) if _has(layer, matrix))
+
+
+def _has(layer: Layer, matrix: str) -> bool:
+    if matrix.startswith("mlp."):
+        return isinstance(layer.mlp, Dense if matrix.startswith("mlp.linear") else MoE)
+    if matrix.startswith("mixer."):
+        return isinstance(layer.mixer, Mamba)
+    if matrix.endswith((".in_proj", ".out_proj")):
+        return isinstance(layer.mixer, GatedDeltaNet)
+    if matrix.endswith("linear_qkv"):
+        return isinstance(layer.mixer, Attention)
+    return layer.mixer is not None and not isinstance(layer.mixer, Mamba | GatedDeltaNet)
 
 
 def misfit_findings(architecture: Architecture, layout: Layout, recipe: Recipe) -> Iterator[Finding]:
     """A warning for each misfit, at the flag that sets the dimension."""
     for misfit in misfits(architecture, layout, recipe):
-        message = f"{misfit.text(architecture)}, as {recipe.name} wants of the inputs of "
-        message += f"{', '.join(misfit.inputs.matrices)}: {misfit.consequence}"
+        dimension = misfit.dimension
+        message = f"{misfit.text(architecture)}, as {recipe.name} wants of the {dimension.what} of "
+        message += f"{', '.join(dimension.matrices)}: {misfit.consequence}"
         yield architecture.arguments.finding(
-            misfit.inputs.factors[0],
+            dimension.factors[0],
             message,
             stage="audit",
             severity=Severity.WARNING,
             expected=f"a multiple of {misfit.block}",
-            actual=misfit.inputs.per_rank,
+            actual=dimension.per_rank,
         )
-
-
-def quantized_inputs(architecture: Architecture, layout: Layout) -> Iterator[Inputs]:
-    """The input dimension of every matrix in the decoder layers that ModelOpt quantizes.
-
-    Not latent attention's down-projections: ModelOpt has no quantized form of ``modelopt.layers.Linear``.
-    Nor convolutions, the router, the embedding and the output layer.
-    """
-    tp = layout.tp
-    takes_hidden = tuple(_taking_hidden(architecture))
-    if takes_hidden:
-        yield Inputs(("hidden_size",), architecture.hidden_size, 1, takes_hidden)
-    yield from _of_mixers(architecture, tp)
-    if architecture.dense is not None:
-        size = architecture.dense.ffn_hidden_size
-        yield Inputs(("ffn_hidden_size",), size, tp, ("mlp.linear_fc2",))
-    if architecture.moe is not None:
-        yield from _of_experts(architecture.moe, layout)
-
-
-def _of_mixers(architecture: Architecture, tp: int) -> Iterator[Inputs]:
-    attention, latent = architecture.attention, architecture.latent
-    mamba, delta = architecture.mamba, architecture.delta
-    proj = ("self_attention.linear_proj",)
-    if attention is not None:
-        yield Inputs(("kv_channels", "num_attention_heads"), attention.query_width, tp, proj)
-    if latent is not None:
-        if latent.q_lora_rank is not None:
-            yield Inputs(("q_lora_rank",), latent.q_lora_rank, 1, ("self_attention.linear_q_up_proj",))
-        yield Inputs(("kv_lora_rank",), latent.kv_lora_rank, 1, ("self_attention.linear_kv_up_proj",))
-        yield Inputs(("v_head_dim", "num_attention_heads"), latent.value_width, tp, proj)
-    if mamba is not None:
-        factors = ("mamba_head_dim", "mamba_num_heads")
-        yield Inputs(factors, mamba.inner_width, tp, ("mixer.out_proj",))
-    if delta is not None:
-        factors = ("linear_value_head_dim", "linear_num_value_heads")
-        yield Inputs(factors, delta.value_width, tp, ("self_attention.out_proj",))
-
-
-def _of_experts(moe: MoE, layout: Layout) -> Iterator[Inputs]:
-    if moe.latent_size is not None:
-        matrices = ("mlp.experts.linear_fc1", "mlp.fc2_latent_proj")
-        yield Inputs(("moe_latent_size",), moe.latent_size, 1, matrices)
-    size = moe.expert.ffn_hidden_size
-    yield Inputs(("moe_ffn_hidden_size",), size, layout.etp, ("mlp.experts.linear_fc2",))
-    if moe.shared is not None:
-        dest, size = "moe_shared_expert_intermediate_size", moe.shared.ffn_hidden_size
-        yield Inputs((dest,), size, layout.tp, ("mlp.shared_experts.linear_fc2",))
-
-
-def _taking_hidden(architecture: Architecture) -> Iterator[str]:
-    moe, latent = architecture.moe, architecture.latent
-    if architecture.attention is not None:
-        yield "self_attention.linear_qkv"
-    if latent is not None and latent.q_lora_rank is None:
-        yield "self_attention.linear_q_proj"
-    if architecture.mamba is not None:
-        yield "mixer.in_proj"
-    if architecture.delta is not None:
-        yield "self_attention.in_proj"
-    if architecture.dense is not None:
-        yield "mlp.linear_fc1"
-    if moe is not None:
-        yield "mlp.experts.linear_fc1" if moe.latent_size is None else "mlp.fc1_latent_proj"
-        if moe.shared is not None:
-            yield "mlp.shared_experts.linear_fc1"

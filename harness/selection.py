@@ -9,7 +9,7 @@ from harness.case import Case
 from harness.errors import UnknownLayout
 from harness.layout import Layout
 from harness.messages import shown_path
-from harness.recipes import DEFAULT_RECIPES, RECIPES, Recipe, find_recipe
+from harness.recipes import DEFAULT_RECIPES, Recipe, find_recipe, recipes
 from harness.tree import NotChecked, PresetFile
 
 # Seconds that one case may take, the start of its worker not counted.
@@ -23,10 +23,13 @@ def default_tree() -> Path:
 
 
 def recipes_named(texts: Iterable[str]) -> tuple[Recipe, ...]:
-    """Recipes of these names, each text one, several with commas, or ``all``; none means the default ones."""
+    """Recipes of these names, each text one, several with commas, or ``all``; none means the default ones.
+
+    Raises UnknownRecipe.
+    """
     names = [name.strip() for text in texts for name in text.split(",") if name.strip()]
     if any(name.lower() == "all" for name in names):
-        return RECIPES
+        return recipes()
     return tuple(dict.fromkeys(map(find_recipe, names or DEFAULT_RECIPES)))
 
 

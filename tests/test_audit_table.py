@@ -10,7 +10,7 @@ import pytest
 from broken import TREE
 
 from harness.architecture import Architecture, architecture
-from harness.audit_table import DEFAULT_LAYOUTS, Row, audit_json, audit_rows, audit_text
+from harness.audit_table import DEFAULT_LAYOUTS, Row, audit_json, audit_rows, audit_text, columns_of
 from harness.layout import Layout
 from harness.preset import discover, find_presets, load_preset
 from harness.recipes import RECIPES, Recipe, find_recipe
@@ -75,13 +75,48 @@ def test_the_table_and_the_dimensions_at_fault() -> None:
     assert lines[0].endswith("mlp.experts.linear_fc2")
 
 
+FIVE = tuple(map(find_recipe, "fp8 int8_smoothquant int4_awq w4a8_awq_beta nvfp4".split()))
+
+
 def test_an_unsplit_dimension_is_named_once_for_all_layouts_and_recipes() -> None:
     full = named("Qwen3-8B")
     full = architecture(full.arguments.replaced({"hidden_size": 4160}))
-    rows = audit_rows({"x": full}, [Layout(), Layout(tp=2, etp=2)], RECIPES)
-    (line,) = (line for line in audit_text(rows, RECIPES).splitlines() if "--hidden-size" in line)
+    rows = audit_rows({"x": full}, [Layout(), Layout(tp=2, etp=2)], FIVE)
+    (line,) = (line for line in audit_text(rows, FIVE).splitlines() if "--hidden-size" in line)
     assert "tp1, tp2" in line
     assert "int4_awq, w4a8_awq_beta" in line
+    assert line.endswith("inputs of self_attention.linear_qkv, mlp.linear_fc1")
+
+
+def test_of_many_recipes_those_of_which_all_is_the_same_share_a_column() -> None:
+    full = named("Qwen3-8B")
+    full = architecture(full.arguments.replaced({"hidden_size": 4160}))
+    rows = audit_rows({"x": full}, [Layout()], RECIPES)
+    columns = columns_of(rows, RECIPES)
+    by_name = {name: column.label for column in columns for name in column.names}
+    assert set(by_name) == {recipe.name for recipe in RECIPES}
+    assert len(columns) < len(RECIPES) / 1.5
+    assert by_name["int8"] == by_name["int8_weight_only"] != by_name["fp8"]
+    assert by_name["nvfp4"] == by_name["w4a16_nvfp4"]
+    assert len({by_name[name] for name in ("nvfp4", "mxfp4", "nvfp4_experts_only", "int4_awq")}) == 4
+    text = audit_text(rows, RECIPES)
+    table, legend, *faults = text.split("\n\n")
+    assert by_name["int4_awq"] in table.splitlines()[2].rpartition("  ")[2]
+    (line,) = (line for line in legend.splitlines() if line.split()[0] == by_name["nvfp4"])
+    assert line.split(maxsplit=1)[1].split(", ")[0] == "nvfp4"
+    assert legend.splitlines()[0].split() == ["column", "recipes"]
+    wrong = [line for block in faults for line in block.splitlines() if "inputs of" in line]
+    assert any(by_name["int4_awq"] in line for line in wrong)
+    assert not any("int4_awq" in line for line in wrong)
+
+
+def test_outputs_and_heads_say_so_in_json() -> None:
+    full = named("Qwen3-8B")
+    full = architecture(full.arguments.replaced({"ffn_hidden_size": 12300, "kv_channels": 72}))
+    recipe = find_recipe("fp8_2d_blockwise_weight_only+nvfp4_kv")
+    (entry,) = audit_json(audit_rows({"x": full}, [Layout()], [recipe]))
+    said = {key for misfit in entry["misfits"] for key in misfit if key.endswith("_per_rank")}
+    assert said == {"inputs_per_rank", "outputs_per_rank", "heads_per_rank"}
 
 
 def test_what_modelopt_alone_refuses_has_a_size() -> None:
@@ -144,3 +179,13 @@ def test_the_default_layouts() -> None:
 def test_imports_without_torch() -> None:
     code = "import sys, harness.audit_table; assert not {'torch', 'modelopt', 'megatron'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_who_pads_tells_columns_apart() -> None:
+    """Static and dynamic blocks of one size take the same bytes; where they do not fit, not the same way."""
+    full = named("Qwen3-8B")
+    uneven = architecture(full.arguments.replaced({"ffn_hidden_size": 12296}))
+    for model, alike in ((full, True), (uneven, False)):
+        columns = columns_of(audit_rows({"x": model}, [Layout()], RECIPES), RECIPES)
+        (nvfp4,) = (column for column in columns if "nvfp4" in column.names)
+        assert ("nvfp4_four_over_six" in nvfp4.names) == alike

@@ -5,6 +5,7 @@ import sys
 import types
 import warnings
 from collections.abc import Mapping
+from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from small_models import MODELS, model_of
 from harness.build import build_model
 from harness.case import StandInReport
 from harness.layout import Layout
-from harness.standins import STAND_INS, installed, nvfp4, records
+from harness.standins import STAND_INS, hadamard, installed, nvfp4, records
 from harness.standins.norms import LayerNorm, Norm, RMSNorm
 from harness.standins.output import captured, import_foreign
 from harness.standins.patching import patched
@@ -49,9 +50,12 @@ def everything_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron.core.ssm.mamba_mixer.mamba_split_conv1d_scan_combined", object())
     monkeypatch.setattr("megatron.core.ssm.mamba_mixer.causal_conv1d_fn", object())
     monkeypatch.setattr("megatron.core.ssm.gated_delta_net.common.chunk_gated_delta_rule", object())
+    package = types.ModuleType(hadamard.PACKAGE)
+    package.__spec__ = ModuleSpec(hadamard.PACKAGE, None)
+    monkeypatch.setitem(sys.modules, hadamard.PACKAGE, package)
 
 
-REFUSAL = "Megatron's refusal"
+REFUSAL, MENDED = "Megatron's refusal", "ModelOpt's replace_function"
 
 
 def targets(device: torch.device, name: str | None = None) -> list[str]:
@@ -59,9 +63,10 @@ def targets(device: torch.device, name: str | None = None) -> list[str]:
 
 
 @pytest.mark.usefixtures("everything_there")
-def test_on_cuda_with_everything_there_only_what_megatron_refuses() -> None:
-    (refusal,) = targets(CUDA)
+def test_on_cuda_with_everything_there_only_what_is_mended() -> None:
+    refusal, mended = targets(CUDA)
     assert refusal.startswith(REFUSAL)
+    assert mended == MENDED
 
 
 @pytest.mark.usefixtures("everything_there")
@@ -70,13 +75,21 @@ def test_on_cuda_with_everything_there_only_what_megatron_refuses() -> None:
     [
         (
             "megatron.core.extensions.transformer_engine.HAVE_TE",
-            ["RMSNorm", "TEDotProduct", "ModelOpt's Linear", REFUSAL, "TELinear"],
+            [
+                "RMSNorm",
+                "TEDotProduct",
+                "queries, keys and values",
+                "ModelOpt's Linear",
+                REFUSAL,
+                "TELinear",
+                MENDED,
+            ],
         ),
-        ("megatron.core.ssm.mamba_mixer.mamba_split_conv1d_scan_combined", [REFUSAL, "mamba-ssm"]),
-        ("megatron.core.ssm.mamba_mixer.causal_conv1d_fn", [REFUSAL, "mamba-ssm"]),
+        ("megatron.core.ssm.mamba_mixer.mamba_split_conv1d_scan_combined", [REFUSAL, "mamba-ssm", MENDED]),
+        ("megatron.core.ssm.mamba_mixer.causal_conv1d_fn", [REFUSAL, "mamba-ssm", MENDED]),
         (
             "megatron.core.ssm.gated_delta_net.common.chunk_gated_delta_rule",
-            [REFUSAL, "flash-linear-attention"],
+            [REFUSAL, "flash-linear-attention", MENDED],
         ),
     ],
 )
@@ -85,6 +98,13 @@ def test_on_cuda_what_is_missing_is_replaced(
 ) -> None:
     monkeypatch.setattr(missing, None)
     assert all(word in target for word, target in zip(words, targets(CUDA), strict=True))
+
+
+@pytest.mark.usefixtures("everything_there")
+def test_on_cuda_a_missing_hadamard_transform_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, hadamard.PACKAGE)
+    monkeypatch.setattr("sys.path", [])
+    assert "fast_hadamard_transform's hadamard_transform" in targets(CUDA)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +163,9 @@ def foreign_state() -> Mapping[str, Any]:
     from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
     from modelopt.torch.quantization import tensor_quant
+    from modelopt.torch.quantization.nn import QuantModuleRegistry
+    from modelopt.torch.quantization.plugins import custom
+    from modelopt.torch.quantization.utils import core_utils
     from torch._dynamo import eval_frame
 
     return {
@@ -156,7 +179,11 @@ def foreign_state() -> Mapping[str, Any]:
         "tracker initialized": random._CUDA_RNG_STATE_TRACKER_INITIALIZED,
         "shared expert stream": SharedExpertMLP.stream,
         "dispatcher stream": MoEAlltoAllTokenDispatcher.cuda_dtoh_stream,
-        "nvfp4": tensor_quant.dynamic_block_quantize_op,
+        "block formats": tensor_quant.dynamic_block_quantize_op,
+        "static nvfp4": tensor_quant.triton_kernel,
+        "kv cache": set(QuantModuleRegistry._registry),
+        "hadamard": sys.modules.get(hadamard.PACKAGE),
+        "functions": (custom.replace_function, core_utils.replace_function),
         "hybrid norms": (hybrid.Norm, hybrid_block.TENorm, attention.TENorm),
         "hybrid attention": hybrid.TEDotProductAttention,
         "latent linear": multi_latent_attention.Linear,
@@ -377,16 +404,6 @@ def test_empty_blocks_and_values_beyond_amax() -> None:
     torch.testing.assert_close(found[0, 16], torch.tensor(1.0))
 
 
-def test_other_formats_still_reach_modelopt() -> None:
-    from modelopt.torch.quantization import tensor_quant
-
-    x = torch.ones(1, 32)
-    with installed(CPU):
-        assert tensor_quant.dynamic_block_quant(x, 16, x.amax(), None, (2, 1), (4, 3)).shape == x.shape
-        with pytest.raises(Exception, match="CUDA"):
-            tensor_quant.dynamic_block_quant(x, 32, x.amax(), None, (4, 3), (4, 3))
-
-
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("width", [96, 40])
@@ -433,6 +450,17 @@ def test_logging_set_up_inside_shows_again_outside(capfd: pytest.CaptureFixture[
     logger.handlers.clear()
     assert "inside" in text.getvalue() and "outside" not in text.getvalue()
     assert capfd.readouterr().err == "outside\n"
+
+
+def test_a_progress_bar_is_captured(capfd: pytest.CaptureFixture[str]) -> None:
+    """ModelOpt's layerwise calibration shows one."""
+    from tqdm import tqdm
+
+    with captured() as text:
+        for _ in tqdm(range(3), desc="layers"):
+            pass
+    assert "layers: 100%" in text.getvalue()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_exceptions_pass_through_capture() -> None:

@@ -2,7 +2,8 @@
 
 One table names them all. A row applies or not, by the device and by the layers of the model; what applies
 is put in place by ``installed`` and taken out again when it ends, and its record goes into the report. On
-a CUDA device with everything that Megatron can make use of, all but one row give way to the real thing.
+a CUDA device with everything that Megatron and ModelOpt can make use of, all but two rows, which mend what
+these two do there as well, give way to the real thing.
 """
 
 from __future__ import annotations
@@ -10,12 +11,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
 from harness.architecture import Architecture
 from harness.case import StandInReport
-from harness.standins import attention, compilation, cuda, delta, linear, mamba, norms, nvfp4, rng
+from harness.standins import (
+    attention,
+    compilation,
+    cuda,
+    delta,
+    functionals,
+    hadamard,
+    kv_cache,
+    linear,
+    mamba,
+    mx,
+    norms,
+    nvfp4,
+    nvfp4_static,
+    rng,
+)
 from harness.standins.output import import_foreign
 
 
@@ -77,6 +94,15 @@ def have_linear_attention() -> bool:
     return common.chunk_gated_delta_rule is not None
 
 
+def no_hadamard(device: torch.device) -> bool:
+    """fast_hadamard_transform is missing, or its kernels cannot run on ``device``."""
+    return no_cuda(device) or find_spec(hadamard.PACKAGE) is None
+
+
+def has_core_attention(architecture: Architecture) -> bool:
+    return architecture.attention is not None or architecture.latent is not None
+
+
 def has_query_projection(architecture: Architecture) -> bool:
     """Latent attention that projects its queries at once, without a latent of theirs."""
     return architecture.latent is not None and architecture.latent.q_lora_rank is None
@@ -129,7 +155,17 @@ STAND_INS: tuple[StandIn, ...] = (
         ),
         no_transformer_engine,
         attention.install,
-        lambda architecture: architecture.attention is not None or architecture.latent is not None,
+        has_core_attention,
+    ),
+    StandIn(
+        StandInReport(
+            "ModelOpt's quantizers of queries, keys and values in TEDotProductAttention",
+            "the same quantizers in Megatron's DotProductAttention",
+            f"ModelOpt has them only beside Transformer Engine. {_NO_TE}",
+        ),
+        no_transformer_engine,
+        kv_cache.install,
+        has_core_attention,
     ),
     StandIn(
         StandInReport(
@@ -184,12 +220,48 @@ STAND_INS: tuple[StandIn, ...] = (
     ),
     StandIn(
         StandInReport(
+            "ModelOpt's CUDA extension for MX and other block formats with scales from the data",
+            "the same arithmetic in plain torch; a partial last block is padded with zeros",
+            "The extension, which pads as well, is written for CUDA.",
+        ),
+        no_cuda,
+        mx.install,
+    ),
+    StandIn(
+        StandInReport(
             "ModelOpt's NVFP4 fake-quantization kernel",
             "the same arithmetic in plain torch; a partial last block is padded with zeros",
             "The kernel, which pads as well, is written for CUDA.",
         ),
         no_cuda,
         nvfp4.install,
+    ),
+    StandIn(
+        StandInReport(
+            "ModelOpt's NVFP4 kernels for weights with a calibrated amax per block",
+            "the same arithmetic in plain torch",
+            "The kernels are written in Triton, for CUDA.",
+        ),
+        no_cuda,
+        nvfp4_static.install,
+    ),
+    StandIn(
+        StandInReport(
+            "fast_hadamard_transform's hadamard_transform",
+            "the same transform in plain torch, computed in float32",
+            "fast_hadamard_transform is not installed, or the case does not run on CUDA.",
+        ),
+        no_hadamard,
+        hadamard.install,
+    ),
+    StandIn(
+        StandInReport(
+            "ModelOpt's replace_function",
+            "the same, which also puts the function back when a forward pass raises",
+            "Otherwise one failed case would spoil the later ones in its process.",
+        ),
+        anywhere,
+        functionals.install,
     ),
 )
 

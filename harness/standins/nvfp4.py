@@ -4,6 +4,9 @@ Each block of the last dimension has a scale in E4M3 under one scale per tensor,
 numbers are rounded to E2M1. ModelOpt's ``NVFP4QTensor``, which packs the format for export, gives the same
 numbers, several times slower. The kernel reads past the end of a row as zeros, so a partial last block is
 quantized as if padded, without a word; so it is here, and the audit reports the misfit.
+
+The kernel is called without the block size of the recipe: it always takes 16, also where the recipe says 32
+and an exported weight would have a scale for every 32. So does this one.
 """
 
 from __future__ import annotations
@@ -16,24 +19,31 @@ import torch
 
 from harness.standins.patching import patched
 
-_E2M1_MAX, _E4M3_MAX = 6.0, 448.0
+E2M1_MAX, E4M3_MAX = 6.0, 448.0
+KERNEL_BLOCK_SIZE = 16
 
 
-def fake_quantize(inputs: torch.Tensor, amax: torch.Tensor, block_size: int = 16) -> torch.Tensor:
+def fake_quantize(
+    inputs: torch.Tensor, amax: torch.Tensor, block_size: int = KERNEL_BLOCK_SIZE
+) -> torch.Tensor:
     """``inputs`` [..., width] rounded to NVFP4, same shape and dtype. ``amax`` is one number."""
     width = inputs.shape[-1]
     padded = torch.nn.functional.pad(inputs, (0, -width % block_size))
-    tensor_scale = amax.float() / (_E2M1_MAX * _E4M3_MAX)
+    tensor_scale = amax.float() / (E2M1_MAX * E4M3_MAX)
     tensor_scale = torch.where(tensor_scale > 0, tensor_scale, 1e-12)  # as the kernel does
     blocks = padded.float().reshape(-1, block_size)
-    scale = blocks.abs().amax(-1, keepdim=True) / (_E2M1_MAX * tensor_scale)
-    scale = scale.clamp_(max=_E4M3_MAX).to(torch.float8_e4m3fn).float() * tensor_scale
-    scaled = blocks / torch.where(scale >= 1e-5, scale, 1.0)
-    magnitude = scaled.abs()
+    scale = blocks.abs().amax(-1, keepdim=True) / (E2M1_MAX * tensor_scale)
+    scale = scale.clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn).float() * tensor_scale
+    scale = torch.where(scale >= 1e-5, scale, 1.0)
+    return round_to_e2m1(blocks / scale).mul_(scale).view(padded.shape).to(inputs.dtype)[..., :width]
+
+
+def round_to_e2m1(values: torch.Tensor) -> torch.Tensor:
+    """Float32 ``values`` rounded in place to the nearest number of E2M1, ties to even, beyond it to 6."""
+    magnitude = values.abs()
     step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
     # Halfway goes to the even multiple of the step: to the even mantissa.
-    rounded = scaled.div_(step).round_().mul_(step).clamp_(-_E2M1_MAX, _E2M1_MAX).mul_(scale)
-    return rounded.view(padded.shape).to(inputs.dtype)[..., :width]
+    return values.div_(step).round_().mul_(step).clamp_(-E2M1_MAX, E2M1_MAX)
 
 
 def _instead_of(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -51,7 +61,7 @@ def _instead_of(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tens
         formats = (num_bits, exponent_bits, scale_num_bits, scale_exponent_bits)
         if inputs.is_cuda or amax is None or formats != _NVFP4:
             return kernel(inputs, block_size, amax, *formats)
-        return fake_quantize(inputs, amax.amax(), block_size)
+        return fake_quantize(inputs, amax.amax())
 
     return dynamic_block_quantize
 
