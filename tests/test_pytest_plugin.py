@@ -318,7 +318,7 @@ def test_workers_take_the_visible_devices_in_turn(
     monkeypatch: pytest.MonkeyPatch, device: str, visible: str | None, pinned: list[str]
 ) -> None:
     monkeypatch.setattr("harness.devices.free_gpu_memory", lambda: (80 << 30, 80 << 30))
-    monkeypatch.setattr("harness.runner.pin_threads", lambda threads: None)
+    monkeypatch.setattr("harness.pytest_plugin.pin_threads", lambda threads: None)
     seen = []
     for index in range(3):
         if visible is None:
