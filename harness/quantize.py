@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,7 @@ class Quantization:
     matrices: tuple[str, ...]
     quantizers: int
     sequences: int
-    output: torch.Tensor
+    output: torch.Tensor = field(repr=False, compare=False)
     error: float | None
     error_when_off: float | None
     findings: tuple[Finding, ...]

@@ -141,8 +141,11 @@ class SmallModel:
 
             self.quantize_log = compare_ranks(self.run, job, device)
             return
-        if layout.world_size > 1:
-            self.stand_ins = (*self.stand_ins, SIMULATED_RANKS)
+        if layout.world_size == 1:
+            with open_world(layout, device):
+                self.quantize_log = run_rank(self.run, job, device).log
+            return
+        self.stand_ins = (*self.stand_ins, SIMULATED_RANKS)
         parts: dict[int, Run] = {}
         try:
             for rank in ranks_named(self.case.ranks, layout):

@@ -6,7 +6,7 @@ What Megatron or ModelOpt raises is a finding of its stage; an exception of the 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,7 +73,7 @@ class Run:
             reports = {n: stage for n, part in parts.items() for stage in part.stages if stage.name == name}
             if not reports:
                 continue
-            details = _grouped({number: report.detail for number, report in reports.items()})
+            details = _grouped([(number, report.detail) for number, report in reports.items()], str)
             seconds = [report.seconds for report in reports.values()]
             joined = StageReport(
                 name,
@@ -83,7 +83,7 @@ class Run:
             )
             self.stages = merged([*self.stages, joined])
         found = [(number, finding) for number, part in parts.items() for finding in part.findings]
-        for finding, numbers in _grouped_pairs(found):
+        for finding, numbers in _grouped(found, _said):
             message = f"{finding.message} ({ranks_text(numbers, layout)})"
             self.findings.append(replace(finding, message=message))
         for part in parts.values():
@@ -106,21 +106,17 @@ def ranks_text(numbers: Sequence[int], layout: Layout) -> str:
     return f"ranks {', '.join(spelt)} of {layout}"
 
 
-def _grouped[T](by_number: Mapping[int, T]) -> list[tuple[T, list[int]]]:
-    return _grouped_pairs(list(by_number.items()))
+def _said(finding: Finding) -> tuple[object, ...]:
+    """What two findings that say the same have in common; expected and actual may be anything."""
+    return (finding.stage, finding.severity, finding.flag, finding.line, finding.module, finding.message)
 
 
-def _grouped_pairs[T](pairs: Sequence[tuple[int, T]]) -> list[tuple[T, list[int]]]:
-    """Equal values once, each with the numbers that have it; values need not be hashable."""
-    groups: list[tuple[T, list[int]]] = []
+def _grouped[T](pairs: Iterable[tuple[int, T]], key: Callable[[T], object]) -> Iterable[tuple[T, list[int]]]:
+    """Values with the same key once, the first of them, each with the numbers that have it."""
+    groups: dict[object, tuple[T, list[int]]] = {}
     for number, value in pairs:
-        for known, numbers in groups:
-            if known == value:
-                numbers.append(number)
-                break
-        else:
-            groups.append((value, [number]))
-    return groups
+        groups.setdefault(key(value), (value, []))[1].append(number)
+    return groups.values()
 
 
 def _all_needs(name: str) -> Iterator[str]:
