@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from harness.architecture import Architecture, NotAModel, architecture
+from harness.architecture import Architecture
 from harness.arguments import flag_for
 from harness.case import CaseReport
 from harness.facts import facts_beside
 from harness.inventory import counts
 from harness.messages import aligned, lint_line
-from harness.pipeline import with_vocabulary
-from harness.preset import PresetFile, load_preset
+from harness.pipeline import full_size
+from harness.preset import PresetFile
 from harness.shrink import ShrinkPlan
 from harness.shrink.invariants import counted_kinds
 
@@ -31,21 +31,10 @@ def human(number: int) -> str:
     return str(number)
 
 
-def full_size(file: PresetFile) -> Architecture | None:
-    """The architecture that a preset describes, None where it describes none."""
-    preset = load_preset(file)
-    if preset.arguments is None:
-        return None
-    try:
-        return architecture(with_vocabulary(preset.arguments, facts_beside(preset.path)[0])[0])
-    except NotAModel:
-        return None
-
-
 def summary(file: PresetFile) -> dict[str, Any]:
     """One preset in one record: what ``harness list`` shows and its JSON holds."""
     facts: dict[str, Any] = {"preset": file.name, "kind": None}
-    facts["reference"] = facts_beside(load_preset(file).path)[0] is not None
+    facts["reference"] = facts_beside(file.path)[0] is not None
     full = full_size(file)
     if full is None:
         return facts

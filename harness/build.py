@@ -16,7 +16,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from harness.architecture import layer_symbols
 from harness.arguments.values import GPT_OSS_YARN
@@ -24,6 +24,8 @@ from harness.errors import UnsupportedModel
 from harness.filling import fill
 from harness.finding import Finding, Severity
 from harness.layout import Layout
+from harness.rank import rank_of
+from harness.sharding import buffer_shares, shares
 from harness.standins import has_query_projection, no_mamba_ssm, no_transformer_engine
 from harness.standins.output import import_foreign
 
@@ -43,35 +45,35 @@ class Override:
     """An argument that a case sets itself, whatever the preset says, and why that is right."""
 
     dest: str
-    value: Callable[[Layout], Any]
+    value: Callable[[Layout, torch.dtype], Any]
     reason: str
     applies: Callable[[torch.device], bool] = lambda device: True
 
 
-def _always(value: Any) -> Callable[[Layout], Any]:
-    return lambda layout: value
+def _always(value: Any) -> Callable[[Layout, torch.dtype], Any]:
+    return lambda layout, dtype: value
 
 
 _ONE_RANK = "the layout is an axis of the case"
-_BF16 = "every case runs in bf16, as the ModelOpt examples do"
+_DTYPE = "a case runs in bf16, as the ModelOpt examples do; in more where ranks are compared"
 _NEEDS_TE = "the fused kernel is Transformer Engine's; the plain one computes the same"
 
 OVERRIDES: tuple[Override, ...] = (
-    Override("tensor_model_parallel_size", lambda layout: layout.tp, _ONE_RANK),
-    Override("pipeline_model_parallel_size", lambda layout: layout.pp, _ONE_RANK),
-    Override("decoder_first_pipeline_num_layers", lambda layout: layout.first, _ONE_RANK),
-    Override("decoder_last_pipeline_num_layers", lambda layout: layout.last, _ONE_RANK),
-    Override("context_parallel_size", lambda layout: layout.cp, _ONE_RANK),
-    Override("expert_model_parallel_size", lambda layout: layout.ep, _ONE_RANK),
-    Override("expert_tensor_parallel_size", lambda layout: layout.etp, _ONE_RANK),
+    Override("tensor_model_parallel_size", lambda layout, dtype: layout.tp, _ONE_RANK),
+    Override("pipeline_model_parallel_size", lambda layout, dtype: layout.pp, _ONE_RANK),
+    Override("decoder_first_pipeline_num_layers", lambda layout, dtype: layout.first, _ONE_RANK),
+    Override("decoder_last_pipeline_num_layers", lambda layout, dtype: layout.last, _ONE_RANK),
+    Override("context_parallel_size", lambda layout, dtype: layout.cp, _ONE_RANK),
+    Override("expert_model_parallel_size", lambda layout, dtype: layout.ep, _ONE_RANK),
+    Override("expert_tensor_parallel_size", lambda layout, dtype: layout.etp, _ONE_RANK),
     Override(
         "sequence_parallel",
-        lambda layout: layout.tp > 1,
+        lambda layout, dtype: layout.tp > 1,
         "quantize.sh asks for it, and Megatron drops it where tensor parallelism is one",
     ),
-    Override("bf16", _always(True), _BF16),
-    Override("fp16", _always(False), _BF16),
-    Override("params_dtype", _always(torch.bfloat16), _BF16),
+    Override("bf16", lambda layout, dtype: dtype is torch.bfloat16, _DTYPE),
+    Override("fp16", _always(False), _DTYPE),
+    Override("params_dtype", lambda layout, dtype: dtype, _DTYPE),
     Override("moe_grouped_gemm", _always(False), "quantize.py turns it off before it builds"),
     Override(
         "perform_initialization",
@@ -112,7 +114,10 @@ _NOT_BUILT: Mapping[str, tuple[Any, str]] = {
 
 
 def transformer_config(
-    arguments: Mapping[str, Any], layout: Layout, device: torch.device
+    arguments: Mapping[str, Any],
+    layout: Layout,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> TransformerConfig:
     """Megatron's config of a model of any size; allocates nothing and needs no open world.
 
@@ -126,7 +131,7 @@ def transformer_config(
     import_foreign()
     from megatron.training.argument_utils import core_transformer_config_from_args
 
-    namespace = _namespace(arguments, layout, device)
+    namespace = _namespace(arguments, layout, device, dtype)
     config: TransformerConfig = core_transformer_config_from_args(namespace)
     if namespace.enable_gpt_oss:
         config.position_embedding_type = "yarn"
@@ -139,7 +144,9 @@ def transformer_config(
     return config
 
 
-def _namespace(arguments: Mapping[str, Any], layout: Layout, device: torch.device) -> argparse.Namespace:
+def _namespace(
+    arguments: Mapping[str, Any], layout: Layout, device: torch.device, dtype: torch.dtype
+) -> argparse.Namespace:
     """The arguments as Megatron's own parser would leave them, overrides applied."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -152,7 +159,7 @@ def _namespace(arguments: Mapping[str, Any], layout: Layout, device: torch.devic
             values[field.name] = list(value)  # Megatron tests for list; the window alone is a pair
     for override in OVERRIDES:
         if override.applies(device):
-            values[override.dest] = override.value(layout)
+            values[override.dest] = override.value(layout, dtype)
     for dest, derive in _VALIDATED.items():
         values[dest] = derive(values)
     return argparse.Namespace(**values)
@@ -184,6 +191,10 @@ _VALIDATED: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "expert_gtp_weight_remat_size": lambda values: (
         values["expert_tensor_parallel_num_weight_shards"] // values["expert_tensor_parallel_size"]
     ),
+    # Routing in less would blur what the rest computes.
+    "moe_router_dtype": lambda values: (
+        "fp64" if values["params_dtype"] is torch.float64 else values["moe_router_dtype"]
+    ),
     # ModelOpt supports no virtual pipeline, without which Megatron overlaps nothing.
     "virtual_pipeline_model_parallel_size": lambda values: None,
     "overlap_p2p_comm": lambda values: False,
@@ -192,18 +203,27 @@ _VALIDATED: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
 
 
 def build_model(
-    architecture: Architecture, layout: Layout, device: torch.device, seed: int = 1234
+    architecture: Architecture,
+    layout: Layout,
+    device: torch.device,
+    seed: int = 1234,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> GPTModel | HybridModel:
-    """The model in bf16 and eval mode on ``device``, weights set by ``seed`` alone.
+    """The model in ``dtype`` and eval mode on ``device``, weights set by ``seed`` alone.
 
-    Call it inside ``standins.installed`` and ``open_world``; the model must not outlive them.
+    Call it inside ``standins.installed`` and ``open_world``; the model is that of the rank whose world is
+    open, and must not outlive them.
     """
-    config = transformer_config(architecture.arguments.values, layout, device)
+    config = transformer_config(architecture.arguments.values, layout, device, dtype)
     build = _hybrid_model if architecture.hybrid else _gpt_model
     model = build(architecture, config, layout)
     # Megatron's get_model moves the model to the device and wraps it in Float16Module, which does this.
-    model = model.to(device).bfloat16().eval()
-    fill(model, seed)
+    model = model.to(device, dtype).eval()
+    if device.type == "meta":  # shapes, and no values
+        return model
+    rank = rank_of(layout, distributed.get_rank())
+    held = shares(architecture, layout, rank) | buffer_shares(architecture, layout, rank)
+    fill(model, seed, held)
     return model
 
 

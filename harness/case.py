@@ -23,9 +23,17 @@ class Outcome(StrEnum):
     ERROR = "error"  # the harness itself failed
 
 
+# How the ranks of a layout of more than one are run, beside the names of ``rank.ranks_named``.
+REAL, FIRST_RANKS = "real", "first"
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One thing to check. ``path`` is the preset file, ``presets`` its tree where it is not the default."""
+    """One thing to check. ``path`` is the preset file, ``presets`` its tree where it is not the default.
+
+    ``ranks`` are those of the layout that are simulated (``rank.ranks_named``), or ``real`` for a process
+    each.
+    """
 
     preset: str
     path: str
@@ -33,16 +41,19 @@ class Case:
     layout: Layout
     device: str
     presets: str | None = None
+    ranks: str = FIRST_RANKS
 
     @property
     def name(self) -> str:
-        return f"{self.preset}-{self.recipe}-{self.layout}-{self.device}"
+        ranks = "" if self.ranks == FIRST_RANKS else f"-{self.ranks}"
+        return f"{self.preset}-{self.recipe}-{self.layout}{ranks}-{self.device}"
 
     @property
     def repro(self) -> str:
         """The command line that runs this case again."""
         words = ["harness", "check", self.preset, "--recipe", self.recipe]
         words += ["--layout", str(self.layout), "--device", self.device]
+        words += [] if self.ranks == FIRST_RANKS else ["--ranks", self.ranks]
         return shlex.join([*words, *(["--presets", self.presets] if self.presets else [])])
 
 

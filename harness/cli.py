@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from harness import audit_table, blueprint, messages, pipeline, report
-from harness.case import Case, CaseReport, Outcome
+from harness.case import FIRST_RANKS, Case, CaseReport, Outcome
 from harness.devices import resolve_device, worker_count
 from harness.errors import HarnessError, UsageError
 from harness.preset import Found, find
@@ -59,6 +59,12 @@ Json = Annotated[
 Recipes = Annotated[list[str] | None, typer.Option("--recipe", help="a recipe, several with commas, or all")]
 Layouts = Annotated[
     list[str] | None, typer.Option("--layout", help="parallel sizes: tp2, or tp8,ep4,etp1,pp2")
+]
+Ranks = Annotated[
+    str,
+    typer.Option(
+        help="ranks to simulate: first (of each pipeline stage), all, or 0,5; or real: a process each"
+    ),
 ]
 
 
@@ -144,7 +150,7 @@ def audit(
     layouts = layouts_named(layout or audit_table.DEFAULT_LAYOUTS)
     found = _find(names or [], presets)
     reports = [pipeline.lint(file) for file in found.files]
-    models = {file.name: blueprint.full_size(file) for file in found.files}
+    models = {file.name: pipeline.full_size(file) for file in found.files}
     readable = {name: full for name, full in models.items() if full is not None}
     rows = audit_table.audit_rows(readable, layouts, recipes)
     blocks = (
@@ -163,6 +169,7 @@ def check(
     names: Names = None,
     recipe: Recipes = None,
     layout: Layouts = None,
+    ranks: Ranks = FIRST_RANKS,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     jobs: Annotated[str, typer.Option(help="worker processes, or auto")] = "auto",
     timeout: Annotated[
@@ -174,11 +181,12 @@ def check(
     """Every stage of every case; no name means every preset."""
     from harness.runner import run_cases
 
-    recipes, layouts = recipes_named(recipe or []), runnable(layouts_named(layout or []))
-    chosen = resolve_device(device)
+    recipes, chosen = recipes_named(recipe or []), resolve_device(device)
+    layouts = runnable(layouts_named(layout or []), ranks, chosen)
     workers = _jobs(jobs, chosen)
     found = _find(names or [], presets)
-    cases = cases_of(found.files, recipes, layouts, chosen, presets)
+    pipeline.require_possible(found.files, layouts)
+    cases = cases_of(found.files, recipes, layouts, chosen, presets, ranks)
     if timeout < 0:
         raise UsageError(f"--timeout {timeout:g} is less than no time")
     if json_ not in (None, "-"):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # What one worker needs: torch, Megatron and ModelOpt resident, and a tiny model.
 WORKER_BYTES = 4 << 30
 GPU_WORKER_BYTES = 6 << 30
+# A rank shares what is imported with the process that it was forked from.
+RANK_BYTES = 1 << 30
 
 
 def resolve_device(text: str) -> str:
@@ -94,6 +96,13 @@ def worker_count(device: str) -> int:
         index = int(device.partition(":")[2] or 0)
         by_memory = min(by_memory, max(1, free[index] // GPU_WORKER_BYTES if index < len(free) else 1))
     return int(min(cores, by_memory))
+
+
+def rank_count(device: str) -> int:
+    """Real ranks of one layout that this machine carries: a GPU each, or memory for each on the CPU."""
+    if device.startswith("cuda"):
+        return gpu_count()
+    return max(2, _free_memory() // RANK_BYTES)
 
 
 def _free_memory() -> int:

@@ -7,6 +7,7 @@ HarnessError
     UnknownLayout
     DeviceUnavailable
   UnsupportedModel      a kind of model that the harness cannot build yet: a finding on its flag
+  RankLost              the process of one rank of a case died: the case is an error
   ReportError           a report file cannot be read or written: exit code 2
 """
 
@@ -43,6 +44,14 @@ class UnsupportedModel(HarnessError):
     def __init__(self, message: str, dest: str) -> None:
         super().__init__(message)
         self.dest = dest
+
+
+class RankLost(HarnessError):
+    """The process of one rank died, or the harness failed in it; ``log`` is what there is to read."""
+
+    def __init__(self, message: str, log: str = "") -> None:
+        super().__init__(message)
+        self.log = log
 
 
 class ReportError(HarnessError):

@@ -1,4 +1,4 @@
-"""Filling: a model and a seed -> every parameter and expert bias set, the same on every device.
+"""Filling: a model and a seed -> every parameter and expert bias set, the same on every device and rank.
 
 Megatron's own initialization depends on the device and hides mistakes: with a spread of 0.02 a shrunken
 layer hardly shows in the output, and an error in it would not either.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from harness.sharding import Share
 
 # Centre and spread by the last part of a parameter's name. Time steps of about a twentieth and decays of
 # about a third per step leave a recurrent mixer a memory of some tokens, neither none nor all; sinks weigh as
@@ -27,8 +29,11 @@ _KNOWN = {
 _EXPERT_BIAS_SPREAD = 0.02
 
 
-def fill(model: nn.Module, seed: int) -> None:
+def fill(model: nn.Module, seed: int, shares: Mapping[str, Share]) -> None:
     """Set every parameter, and every router's expert bias (in float32), from its name and ``seed``.
+
+    ``shares`` says what of the whole model's tensors those of this rank are, so that the ranks of any layout
+    hold one model between them; what is not in it is taken to be whole.
 
     Matrices and convolutions are normal with variance 1 / inputs, embeddings normal with variance 1, so
     that each layer moves the residual stream about as much as it holds, whatever the width. Norm factors
@@ -37,12 +42,27 @@ def fill(model: nn.Module, seed: int) -> None:
     centred: bool = model.config.layernorm_zero_centered_gamma  # type: ignore[assignment, union-attr]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.is_meta:  # has a shape, and no values
-                continue
-            parameter.copy_(_values(name, parameter.shape, seed, centred))
+            share = _share(name, parameter, shares)
+            parameter.copy_(_taken(_values(share.name, share.whole, seed, centred), share))
         for name, buffer in _expert_biases(model):
+            share = _share(name, buffer, shares)
+            values = _normal(share.name, share.whole, seed) * _EXPERT_BIAS_SPREAD
             # Float16Module rounded it; Megatron keeps it in float32 from the first forward pass on.
-            buffer.data = (_normal(name, buffer.shape, seed) * _EXPERT_BIAS_SPREAD).to(buffer.device)
+            buffer.data = values.to(buffer.device)
+
+
+def _share(name: str, tensor: torch.Tensor, shares: Mapping[str, Share]) -> Share:
+    """What ``tensor`` is of the whole; itself where it has another shape, which the build stage reports."""
+    shape = tuple(tensor.shape)
+    share = shares.get(name)
+    return share if share is not None and share.shape == shape else Share(name, shape)
+
+
+def _taken(whole: torch.Tensor, share: Share) -> torch.Tensor:
+    axis = share.axis
+    if axis is None:
+        return whole
+    return torch.cat([whole.narrow(axis, part.start, len(part)) for part in share.ranges], axis)
 
 
 def _expert_biases(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -51,7 +71,7 @@ def _expert_biases(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, buffer
 
 
-def _values(name: str, shape: torch.Size, seed: int, centred: bool) -> torch.Tensor:
+def _values(name: str, shape: tuple[int, ...], seed: int, centred: bool) -> torch.Tensor:
     values, last = _normal(name, shape, seed), name.rpartition(".")[2]
     if last in _KNOWN:
         centre, spread = _KNOWN[last]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 
-from harness.runner import die_with_parent
+from harness.processes import die_with_parent
 
 die_with_parent()
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this one

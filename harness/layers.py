@@ -108,14 +108,23 @@ class Mamba:
         return self.mamba_num_heads * self.mamba_head_dim
 
     @property
-    def conv_width(self) -> int:
+    def conv_parts(self) -> tuple[int, ...]:
         """Channels of the convolution: x, B and C."""
-        return self.inner_width + 2 * self.mamba_num_groups * self.mamba_state_dim
+        states = self.mamba_num_groups * self.mamba_state_dim
+        return (self.inner_width, states, states)
+
+    @property
+    def conv_width(self) -> int:
+        return sum(self.conv_parts)
+
+    @property
+    def in_proj_parts(self) -> tuple[int, ...]:
+        """Rows of the in-projection: z, x, B, C and one time step per head."""
+        return (self.inner_width, *self.conv_parts, self.mamba_num_heads)
 
     @property
     def in_proj_width(self) -> int:
-        """Rows of the in-projection: z, x, B, C and one time step per head."""
-        return self.inner_width + self.conv_width + self.mamba_num_heads
+        return sum(self.in_proj_parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,14 +148,23 @@ class GatedDeltaNet:
         return self.linear_num_value_heads * self.linear_value_head_dim
 
     @property
-    def conv_width(self) -> int:
+    def conv_parts(self) -> tuple[int, ...]:
         """Channels of the convolution: queries, keys and values."""
-        return 2 * self.key_width + self.value_width
+        return (self.key_width, self.key_width, self.value_width)
+
+    @property
+    def conv_width(self) -> int:
+        return sum(self.conv_parts)
+
+    @property
+    def in_proj_parts(self) -> tuple[int, ...]:
+        """Rows of the in-projection: queries, keys, values, gates, and two numbers per value head."""
+        heads = self.linear_num_value_heads
+        return (*self.conv_parts, self.value_width, heads, heads)
 
     @property
     def in_proj_width(self) -> int:
-        """Rows of the in-projection: queries, keys, values, gates, and two numbers per value head."""
-        return self.conv_width + self.value_width + 2 * self.linear_num_value_heads
+        return sum(self.in_proj_parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +176,13 @@ class Dense:
     bias: bool
 
     @property
+    def fc1_parts(self) -> tuple[int, ...]:
+        """Rows of the first matrix: the gates, where there are any, and what they gate."""
+        return (self.ffn_hidden_size,) * (2 if self.gated else 1)
+
+    @property
     def fc1_width(self) -> int:
-        return self.ffn_hidden_size * (2 if self.gated else 1)
+        return sum(self.fc1_parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ torch is imported by the stages that need it, so that linting stays light.
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -18,10 +19,11 @@ from harness.arguments import Arguments, How, Origin
 from harness.arguments.modelled import unmodelled
 from harness.audit import audit
 from harness.case import Case, CaseReport, Outcome, ShrinkReport
-from harness.errors import UsageError
+from harness.errors import RankLost, UnknownLayout, UsageError
 from harness.finding import Finding, Severity, has_errors
 from harness.inventory import counts
 from harness.layout import Layout
+from harness.layout_rules import broken_limits, limit_findings, why_impossible
 from harness.preset import PresetFile, load_preset
 from harness.recipes import Recipe, find_recipe
 from harness.reference import Facts, compare, compare_checkpoint, facts_beside
@@ -50,6 +52,35 @@ def blueprint(file: PresetFile, layout: Layout) -> tuple[CaseReport, ShrinkPlan 
     return replace(report, shrink=_shrink_report(plan)), plan
 
 
+def full_size(file: PresetFile) -> Architecture | None:
+    """The architecture that a preset describes, None where it describes none."""
+    preset = load_preset(file)
+    if preset.arguments is None:
+        return None
+    try:
+        return architecture(with_vocabulary(preset.arguments, facts_beside(preset.path)[0])[0])
+    except NotAModel:
+        return None
+
+
+def require_possible(files: Sequence[PresetFile], layouts: Iterable[Layout]) -> None:
+    """Raises UnknownLayout for a layout that can be for none of these presets' models."""
+    for layout in layouts:
+        if layout.pp == layout.ep == 1 and layout.etp in (1, layout.tp):
+            continue
+        reasons = []
+        for file in files:
+            full = full_size(file)
+            reason = why_impossible(full, layout) if full is not None else None
+            if reason is None:
+                break
+            reasons.append((file.name, reason))
+        else:
+            for name, reason in reasons[:1]:
+                others = f", nor for {len(reasons) - 1} others" if len(reasons) > 1 else ""
+                raise UnknownLayout(f"layout {layout} cannot be for {name}{others}: {reason}")
+
+
 def check(case: Case) -> CaseReport:
     """Every stage of one case, in this process. Raises UsageError for a device that is not there.
 
@@ -61,16 +92,26 @@ def check(case: Case) -> CaseReport:
         report = _check(run, case)
     except UsageError:
         raise
+    except RankLost as lost:
+        report = _error(run, case, str(lost), lost.log)
     except Exception as error:
         reason = f"the harness failed: {type(error).__name__}: {error}"
-        report = CaseReport(case, Outcome.ERROR, 0.0, tuple(run.stages), tuple(run.findings), reason=reason)
-        report = replace(report, log=traceback.format_exc())
+        report = _error(run, case, reason, traceback.format_exc())
     return replace(report, seconds=perf_counter() - start)
+
+
+def _error(run: Run, case: Case, reason: str, log: str) -> CaseReport:
+    return CaseReport(
+        case, Outcome.ERROR, 0.0, tuple(run.stages), tuple(run.findings), reason=reason, log=log
+    )
 
 
 def _check(run: Run, case: Case) -> CaseReport:
     recipe = find_recipe(case.recipe)
     full = _read(run, PresetFile(case.preset, Path(case.path)), case.layout, recipe)
+    if full is not None and (reason := _impossible(run, full, case.layout)):
+        stages, findings = tuple(run.stages), tuple(run.findings)
+        return CaseReport(case, Outcome.SKIPPED, 0.0, stages, findings, reason=reason)
     model = SmallModel(run, case, recipe, full)
     model.run_stages()
     return CaseReport(
@@ -83,6 +124,20 @@ def _check(run: Run, case: Case) -> CaseReport:
         shrink=_shrink_report(model.plan),
         log=model.log if has_errors(run.findings) else "",
     )
+
+
+def _impossible(run: Run, full: Architecture, layout: Layout) -> str | None:
+    """Why a layout that cannot be for this model leaves nothing to check; no reason to pass over errors."""
+    limits = [limit for limit in broken_limits(full, layout) if limit.impossible]
+    own = list(limit_findings(full, limits))
+    rest = [finding for finding in run.findings if finding not in own]
+    if not limits or has_errors(rest):
+        return None
+    run.findings[:] = rest
+    run.stages[:] = [
+        replace(stage, outcome=Outcome.SKIPPED) if stage.name == "audit" else stage for stage in run.stages
+    ]
+    return f"layout {layout} cannot be for this model: {limits[0].message}"
 
 
 # ---- the stages without torch ----

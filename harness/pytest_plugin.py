@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from harness.case import Case, CaseReport, Outcome
+from harness.case import FIRST_RANKS, Case, CaseReport, Outcome
 from harness.devices import gpu_count, resolve_device, worker_count
 from harness.errors import UsageError
 from harness.layout import Layout
 from harness.messages import failure_text, stand_ins_text, warnings_text
+from harness.pipeline import require_possible
+from harness.preset import PresetFile
+from harness.processes import pin_threads
 from harness.recipes import Recipe
 from harness.report import from_json, stand_ins, to_json
 from harness.selection import (
@@ -49,6 +52,7 @@ class Wanted:
 
     recipes: tuple[Recipe, ...]
     layouts: tuple[Layout, ...]
+    ranks: str
     device: str
     timeout: float
     places: tuple[Path, ...]
@@ -65,6 +69,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("harness", "Megatron-LM model presets")
     group.addoption("--recipe", action="append", default=[], help="a recipe, several with commas, or all")
     group.addoption("--layout", action="append", default=[], help="parallel sizes: tp2, or tp8,ep4,etp1,pp2")
+    group.addoption(
+        "--ranks",
+        default=FIRST_RANKS,
+        help="ranks of a layout to simulate: first, all, or 0,5; or real: a process each",
+    )
     group.addoption("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     # Not --timeout: that is pytest-timeout's.
     group.addoption(
@@ -88,10 +97,14 @@ def _wanted(config: pytest.Config) -> Wanted:
         places = worker["harness_places"]
     else:
         places = _places(config)
+        layouts = layouts_named(config.getoption("layout"))
+        require_possible(list(_presets(config, list(map(Path, places)))), layouts)
+    ranks, resolved = config.getoption("ranks"), resolve_device(device)
     return Wanted(
         recipes_named(config.getoption("recipe")),
-        tuple(runnable(layouts_named(config.getoption("layout")))),
-        resolve_device(device),
+        tuple(runnable(layouts_named(config.getoption("layout")), ranks, resolved)),
+        ranks,
+        resolved,
         config.getoption("case_timeout"),
         tuple(map(Path, places)),
     )
@@ -99,8 +112,6 @@ def _wanted(config: pytest.Config) -> Wanted:
 
 def _pin(device: str, index: int, workers: int) -> str:
     """Leave this xdist worker its share of the cores and one device; what that device is now called."""
-    from harness.runner import pin_threads
-
     pin_threads(max(1, len(os.sched_getaffinity(0)) // workers))
     resolved = resolve_device(device)
     if resolved == "cpu":
@@ -164,6 +175,13 @@ def _named(config: pytest.Config) -> list[Path]:
     return [Path(os.path.abspath(here / argument.partition("::")[0])) for argument in config.args]
 
 
+def _presets(config: pytest.Config, places: Sequence[Path]) -> Iterator[PresetFile]:
+    """The presets that will be collected."""
+    for place in _named(config):
+        found = survey(place).presets if place.is_dir() else [preset_at(place)]
+        yield from (file for file in found if is_preset(file.path, places))
+
+
 def _in_presets(place: Path) -> bool:
     return "presets" in place.parts
 
@@ -211,7 +229,7 @@ class PresetTests(pytest.File):
     def collect(self) -> Iterator[PresetCase]:
         wanted = self.config.stash[_WANTED]
         file = preset_at(self.path)
-        for case in cases_of([file], wanted.recipes, wanted.layouts, wanted.device, None):
+        for case in cases_of([file], wanted.recipes, wanted.layouts, wanted.device, None, wanted.ranks):
             layout = f"-{case.layout}" if len(wanted.layouts) > 1 else ""
             yield PresetCase.from_parent(self, name=f"{case.recipe}{layout}", case=case)
 

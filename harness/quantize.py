@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +21,12 @@ from torch import nn
 
 from harness.build import by, short
 from harness.finding import Finding, Severity
-from harness.layout import Layout
 from harness.recipes import Format, Recipe
 from harness.rounding import check_off, check_output, products, relative_error
 from harness.routing import TokenCount, forward_along, forward_and_routes
 from harness.standins.output import captured, import_foreign
 from harness.trace import BATCH_SIZE, sequence_length, token_ids
+from harness.world import simulated
 
 import_foreign()
 
@@ -42,8 +42,6 @@ from modelopt.torch.quantization.nn import (  # noqa: E402
 if TYPE_CHECKING:
     from harness.architecture import Architecture
 
-_ONE_RANK = Layout()
-
 # Calibration tokens that each expert sees on average, tried in this order until every one sees
 # LEAST_TOKENS: routing by random weights is uneven, and an algorithm that searches, as AWQ does, runs
 # every matrix many times on all of them.
@@ -56,13 +54,15 @@ class Quantization:
     """What happened to one model. Errors are relative, of the logits, and None where not measured.
 
     ``matrices`` are the module paths that the recipe means to quantize, ``quantizers`` counts those
-    that are on, ``tokens`` those it was calibrated with; ``log`` is what ModelOpt said.
+    that are on, ``sequences`` those it was calibrated with; ``output`` is what the quantized model gives
+    for the first of them, and ``log`` what ModelOpt said.
     """
 
     recipe: str
     matrices: tuple[str, ...]
     quantizers: int
-    tokens: int
+    sequences: int
+    output: torch.Tensor = field(repr=False, compare=False)
     error: float | None
     error_when_off: float | None
     findings: tuple[Finding, ...]
@@ -76,17 +76,19 @@ def quantize(
     device: torch.device,
     seed: int = 1234,
     config: Mapping[str, Any] | None = None,
-    layout: Layout = _ONE_RANK,
+    length: int | None = None,
+    sequences: int | None = None,
 ) -> Quantization:
     """Quantize ``model`` in place and check every part of the result.
 
-    ``config`` is the ModelOpt config to apply, the recipe's own unless given. Of one rank of a larger
-    layout the others are simulated, and only what does not hang on their numbers is checked: formats,
-    that every quantizer saw data, shapes. What ModelOpt raises comes through. Nothing reaches the terminal.
+    ``config`` is the ModelOpt config to apply, the recipe's own unless given. Calibration runs over so many
+    ``sequences`` of ``length`` tokens, where they are given; ranks that are to agree need the same. Where the
+    other ranks are simulated, only what does not hang on their numbers is checked: formats, that every
+    quantizer saw data, shapes. What ModelOpt raises comes through. Nothing reaches the terminal.
     """
-    seen = TokenCount(model)
+    seen, real = TokenCount(model), not simulated()
     with captured() as log:
-        calibration = calibration_tokens(model, architecture, device, seed, layout)
+        calibration = calibration_tokens(model, architecture, device, seed, length, sequences)
         # Calibration has seen what is measured: a value beyond the calibrated range would be clipped,
         # and the error would say more about the draw of tokens than about the recipe.
         tokens = calibration[:BATCH_SIZE]
@@ -100,26 +102,28 @@ def quantize(
         after = forward_along(model, tokens, routes)
         with quantizers_off(model):
             off = forward_along(model, tokens, routes)
-    simulated = layout.world_size > 1
     findings = [
         *check_unknown(unknown),
         *check_matrices(model, recipe, matrices),
-        *check_amax(model, values=not simulated),
-        *check_scales(model, recipe, matrices, values=not simulated),
+        *check_amax(model, values=real),
+        *check_scales(model, recipe, matrices, values=real),
     ]
-    if simulated:
-        findings.extend(check_same_shape(before, after))
-    else:
+    if real:
         findings.extend(check_experts(seen.by_expert, calibration.numel()))
+    measured = real and bool(model.post_process)  # hidden states of a pipeline stage have no bound
+    if measured:
         findings.extend(check_output(recipe, products(architecture), before, after))
         findings.extend(check_off(recipe, products(architecture), before, off))
+    else:
+        findings.extend(check_same_shape(before, after))
     return Quantization(
         recipe=recipe.name,
         matrices=matrices,
         quantizers=sum(quantizer.is_enabled for _, quantizer in _quantizers(model)),
-        tokens=calibration.numel(),
-        error=None if simulated else relative_error(before, after),
-        error_when_off=None if simulated else relative_error(before, off),
+        sequences=len(calibration),
+        output=after,
+        error=relative_error(before, after) if measured else None,
+        error_when_off=relative_error(before, off) if measured else None,
         findings=tuple(findings),
         log=log.getvalue(),
     )
@@ -130,10 +134,13 @@ def calibration_tokens(
     architecture: Architecture,
     device: torch.device,
     seed: int,
-    layout: Layout = _ONE_RANK,
+    length: int | None = None,
+    sequences: int | None = None,
 ) -> torch.Tensor:
     """Token ids, [batch, sequence], of which every expert of the unquantized model sees a few."""
-    length, experts = sequence_length(architecture, layout), architecture.moe
+    length, experts = length or sequence_length(architecture), architecture.moe
+    if sequences is not None:
+        return token_ids(architecture.padded_vocab_size, sequences, length, device, seed)
     share = experts.num_experts / experts.moe_router_topk if experts else 0
     for times in TOKENS_PER_EXPERT:
         batch = max(BATCH_SIZE, math.ceil(times * share / length))

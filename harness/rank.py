@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from harness.errors import UnknownLayout
+
 if TYPE_CHECKING:
     from harness.architecture import Architecture
     from harness.layout import Layout
@@ -45,6 +47,24 @@ def rank_of(layout: Layout, number: int) -> Rank:
 def ranks(layout: Layout) -> tuple[Rank, ...]:
     """Every rank of a layout, in order."""
     return tuple(rank_of(layout, number) for number in range(layout.world_size))
+
+
+def ranks_named(text: str, layout: Layout) -> tuple[Rank, ...]:
+    """Ranks of a layout as a user names them: ``first``, of each pipeline stage; ``all``; or ``0,5``.
+
+    Raises UnknownLayout where the layout has no such rank.
+    """
+    world = layout.world_size
+    if text == "all":
+        return ranks(layout)
+    if text == "first":
+        return tuple(rank_of(layout, stage * (world // layout.pp)) for stage in range(layout.pp))
+    numbers = [int(word) if word.strip().isdecimal() else world for word in text.split(",")]
+    if max(numbers) >= world:
+        raise UnknownLayout(
+            f"ranks {text!r}: write first, all, real, or numbers below {world} for layout {layout}, as in 0,1"
+        )
+    return tuple(rank_of(layout, number) for number in sorted(set(numbers)))
 
 
 class UnevenStages(ValueError):

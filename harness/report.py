@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from harness.case import Case, CaseReport, Outcome, ShrinkReport, StageReport, StandInReport
+from harness.case import FIRST_RANKS, Case, CaseReport, Outcome, ShrinkReport, StageReport, StandInReport
 from harness.errors import HarnessError, ReportError
 from harness.finding import Finding, Severity
 from harness.layout import Layout
@@ -83,6 +83,7 @@ def result_to_json(report: CaseReport) -> dict[str, Any]:
         "presets": case.presets,
         "recipe": case.recipe,
         "layout": str(case.layout),
+        "ranks": case.ranks,
         "device": case.device,
         "outcome": str(report.outcome),
         "seconds": round(report.seconds, 3),
@@ -151,6 +152,7 @@ def result_from_json(result: Mapping[str, Any], known: Mapping[str, StandInRepor
             layout=Layout.parse(result["layout"]),
             device=result["device"],
             presets=result["presets"],
+            ranks=result.get("ranks", FIRST_RANKS),
         ),
         outcome=Outcome(result["outcome"]),
         seconds=result["seconds"],

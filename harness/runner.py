@@ -7,13 +7,10 @@ reason, and its neighbours go on. Everything goes over pipes; no process survive
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import json
-import multiprocessing
 import os
 import signal
-import sys
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -25,18 +22,16 @@ from typing import TYPE_CHECKING, Any
 from harness import pipeline
 from harness.case import Case, CaseReport, Outcome, StandInReport
 from harness.errors import UsageError
+from harness.processes import PRELOAD, die_with_parent, fork_server, how_it_ended, pin_threads
 from harness.report import result_from_json, result_to_json, stand_ins
 from harness.selection import DEFAULT_TIMEOUT
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, ForkServerProcess
 
-PRELOAD = ("harness.preload",)
-
 # Importing everything takes up to half a minute on a busy machine with cold disks.
 _STARTING_SECONDS = 300.0
 _LOG_BYTES = 1 << 16
-_PR_SET_PDEATHSIG = 1
 
 Check = Callable[[Case], CaseReport]
 
@@ -97,8 +92,7 @@ def run_cases(
     comes. ``check`` (``pipeline.check``) must be importable by name, as the workers look it up.
     """
     jobs = max(1, min(jobs, len(cases)))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["harness.fork_server", *preload])
+    context = fork_server(preload)
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     pool = _Pool(cases, timeout, on_done, lambda: _start(context, check, threads))
     try:
@@ -111,7 +105,7 @@ def run_cases(
 def _start(context: ForkServerContext, check: Check, threads: int) -> _Worker:
     messages, theirs = context.Pipe()
     output, their_output = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(theirs, their_output, check, threads), daemon=True)
+    process = context.Process(target=_work, args=(theirs, their_output, check, threads))
     process.start()
     theirs.close()
     their_output.close()
@@ -194,7 +188,7 @@ class _Pool:
         self.workers.remove(worker)
         if reason is None:
             worker.process.join(1)  # its exit code comes a moment after its pipes have closed
-            reason = _death(worker.process.exitcode)
+            reason = how_it_ended(worker.process.exitcode, "the worker")
         worker.end()
         if worker.index is not None:
             report = _error(self.cases[worker.index], reason, worker.log.decode(errors="replace"))
@@ -204,16 +198,6 @@ class _Pool:
     def _done(self, index: int, report: CaseReport) -> None:
         self.reports[index] = report
         self.on_done(report)
-
-
-def _death(code: int | None) -> str:
-    if code is None:
-        return "the worker closed its pipe and had to be killed"
-    if code >= 0:
-        return f"the worker exited with code {code}"
-    name = signal.Signals(-code).name
-    hint = ", as happens when memory runs out" if name == "SIGKILL" else ""
-    return f"the worker was killed by {name}{hint}"
 
 
 def _error(case: Case, reason: str, log: str) -> CaseReport:
@@ -226,12 +210,6 @@ def _received(message: dict[str, Any], case: Case) -> CaseReport:
 
 
 # ---- the worker's side ----
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that forked it is gone (Linux only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _work(messages: Connection, output: Connection, check: Check, threads: int) -> None:
@@ -268,12 +246,3 @@ def safely(check: Check, case: Case) -> CaseReport:
         return _error(case, str(error), "")
     except Exception as error:
         return _error(case, f"the harness failed: {type(error).__name__}: {error}", traceback.format_exc())
-
-
-def pin_threads(threads: int) -> None:
-    """Have this process compute on ``threads`` threads, also what torch has not started yet."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    if "torch" in sys.modules:
-        import torch
-
-        torch.set_num_threads(threads)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from harness.case import Case
-from harness.errors import UnknownLayout
+from harness.case import FIRST_RANKS, REAL, Case
+from harness.devices import rank_count
+from harness.errors import UnknownLayout, UsageError
 from harness.layout import Layout
 from harness.messages import shown_path
+from harness.rank import ranks_named
 from harness.recipes import DEFAULT_RECIPES, Recipe, find_recipe, recipes
 from harness.tree import NotChecked, PresetFile
 
@@ -38,14 +40,25 @@ def layouts_named(texts: Iterable[str]) -> tuple[Layout, ...]:
     return tuple(dict.fromkeys(map(Layout.parse, texts))) or (Layout(),)
 
 
-def runnable(layouts: Sequence[Layout]) -> Sequence[Layout]:
-    """``layouts``, where every one can be run. Raises UnknownLayout before anything heavy is imported."""
+def runnable(layouts: Sequence[Layout], ranks: str, device: str) -> Sequence[Layout]:
+    """``layouts``, where every one can be run. Raises UsageError before anything heavy is imported.
+
+    ``ranks`` are as in ``Case``, and ``device`` is resolved.
+    """
     for layout in layouts:
         if layout.cp > 1:
             raise UnknownLayout(
                 f"layout {layout} has cp{layout.cp}: context parallelism needs Transformer Engine's "
                 "attention and a GPU for each rank, and a case runs one rank at a time "
                 "(`show` and `audit` take any layout)"
+            )
+        if ranks != REAL:
+            ranks_named(ranks, layout)
+        elif layout.world_size > (most := rank_count(device)):
+            kind = device.partition(":")[0]
+            raise UsageError(
+                f"layout {layout} has {layout.world_size} ranks, and --ranks real runs at most {most} on "
+                f"{kind} here: leave it out to have ranks simulated"
             )
     return layouts
 
@@ -56,10 +69,11 @@ def cases_of(
     layouts: Sequence[Layout],
     device: str,
     tree: Path | None,
+    ranks: str = FIRST_RANKS,
 ) -> tuple[Case, ...]:
     """Every case of these presets. ``tree`` is where a user finds them by name, None for the default."""
     return tuple(
-        Case(file.name, str(file.path), recipe.name, layout, device, _tree_of(file, tree))
+        Case(file.name, str(file.path), recipe.name, layout, device, _tree_of(file, tree), ranks)
         for file in files
         for layout in layouts
         for recipe in recipes

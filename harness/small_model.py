@@ -1,34 +1,29 @@
 """Small model: the stages that shrink a model, build it, run it and quantize it.
 
-On one rank everything is checked. Of a layout of more ranks the first rank of each pipeline stage is
-simulated, and only what does not hang on the other ranks' numbers is: shapes, formats, what ran.
-torch is imported where a stage needs it.
+On one rank everything is checked. Of a layout of more ranks those that the case names are simulated, one
+after the other, or all are run at once, each in a process of its own (``real_ranks.py``). torch is imported
+where a stage needs it.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from harness.activations import activations
 from harness.architecture import Architecture
-from harness.case import STAGES, Case, StandInReport
+from harness.case import REAL, STAGES, Case, StandInReport
 from harness.errors import UnsupportedModel
 from harness.finding import Finding, Severity
 from harness.inventory import counts
 from harness.layout import Layout
-from harness.rank import Rank, UnevenStages, rank_of, stages_of
+from harness.rank import Rank, UnevenStages, ranks_named, stages_of
 from harness.recipes import Recipe
-from harness.sharding import rank_parameters
 from harness.shrink import NoPlan, ShrinkPlan, shrink
 from harness.stages import Run
 
 if TYPE_CHECKING:
     import torch
-
-# What a stage says of a rank whose numbers mean nothing.
-SHAPES_ONLY = "simulated rank: shapes only"
 
 # Parameters of a plan per rank: a preset is untrusted, and one with an absurd size must not eat the
 # machine. The plans of published models have less than a tenth of it.
@@ -83,12 +78,6 @@ def layout_of_plan(plan: ShrinkPlan, layout: Layout) -> Layout:
     return layout
 
 
-def first_ranks(layout: Layout) -> tuple[Rank, ...]:
-    """The first rank of each pipeline stage."""
-    per_stage = layout.world_size // layout.pp
-    return tuple(rank_of(layout, stage * per_stage) for stage in range(layout.pp))
-
-
 class SmallModel:
     """config, shrink, build, forward and quantize of one case."""
 
@@ -138,83 +127,31 @@ class SmallModel:
             for name in ("build", "forward", "quantize"):
                 self.run.can(name)
             return
+        import torch
+
+        from harness.rank_model import Job, run_rank
+        from harness.trace import sequence_length
         from harness.world import SIMULATED_RANKS, open_world
 
-        small = self.plan.after
-        layout = layout_of_plan(self.plan, self.case.layout)
+        small, layout = self.plan.after, layout_of_plan(self.plan, self.case.layout)
+        length = sequence_length(small, layout)
+        job = Job(small, self.recipe, layout, Rank(0), torch.bfloat16, length)
+        if self.case.ranks == REAL and layout.world_size > 1:
+            from harness.real_ranks import compare_ranks
+
+            self.quantize_log = compare_ranks(self.run, job, device)
+            return
         if layout.world_size == 1:
             with open_world(layout, device):
-                self._build(self.run, device, small, layout, Rank(0))
+                self.quantize_log = run_rank(self.run, job, device).log
             return
         self.stand_ins = (*self.stand_ins, SIMULATED_RANKS)
-        for rank in first_ranks(layout):
-            part = self.run.part()
-            try:
+        parts: dict[int, Run] = {}
+        try:
+            for rank in ranks_named(self.case.ranks, layout):
+                parts[rank.number] = part = self.run.part()
                 with open_world(layout, device, rank=rank):
-                    self._build(part, device, small, layout, rank)
-            finally:
-                self.run.add(part, f"rank {rank.number} of {layout}")
-
-    def _build(self, run: Run, device: torch.device, small: Architecture, layout: Layout, rank: Rank) -> None:
-        from harness.build import build_model, compare_parameters, parameter_shapes, refused
-        from harness.world import receiving
-
-        model: Any = None
-        with run.stage("build") as stage:
-            expected = rank_parameters(small, layout, rank)
-            with stage.foreign():
-                model = build_model(small, layout, device)
-            stage.findings.extend(refused(small, layout, device))
-            if stage.usable:
-                stage.findings.extend(compare_parameters(expected, parameter_shapes(model)))
-                stage.detail = f"{len(expected)} parameters as in the inventory"
-        with receiving(layout):
-            if run.can("forward"):
-                self._forward(run, device, small, layout, rank, model)
-            if run.can("quantize"):
-                self._quantize(run, device, small, layout, model)
-
-    def _forward(
-        self, run: Run, device: torch.device, small: Architecture, layout: Layout, rank: Rank, model: Any
-    ) -> None:
-        from harness import trace
-
-        length, batch = trace.sequence_length(small, layout), trace.BATCH_SIZE
-        tokens = trace.token_ids(small.padded_vocab_size, batch, length, device)
-        with run.stage("forward") as stage:
-            expected = activations(small, sequence_length=length, batch_size=batch, layout=layout, rank=rank)
-            with stage.foreign(), trace.recording(model) as recorder:
-                output = trace.forward(model, tokens)
-            # Where the pass raised, the trace up to there says first which shapes parted.
-            stage.findings[:0] = trace.compare_trace(expected, recorder.trace())
-            if not stage.usable:
-                return
-            stage.detail = f"{len(expected)} modules as planned, "
-            if layout.world_size == 1:
-                stage.findings.extend(trace.check_logits(output, tokens, small.padded_vocab_size))
-                stage.detail += "logits finite"
-                return
-            if rank.pp == layout.pp - 1:
-                logits = (batch, length, small.padded_vocab_size)
-                stage.findings.extend(trace.check_shape(output, logits, "logits"))
-            else:
-                states = (length // layout.tp, batch, small.hidden_size)
-                stage.findings.extend(trace.check_shape(output, states, "hidden states"))
-            stage.detail += SHAPES_ONLY
-
-    def _quantize(
-        self, run: Run, device: torch.device, small: Architecture, layout: Layout, model: Any
-    ) -> None:
-        from harness.quantize import quantize
-
-        with run.stage("quantize") as stage:
-            result = None
-            with stage.foreign():
-                result = quantize(model, self.recipe, small, device, layout=layout)
-            if result is not None:
-                stage.findings.extend(result.findings)
-                error = "no error measured" if result.error is None else f"relative error {result.error:.3g}"
-                if layout.world_size > 1:
-                    error = SHAPES_ONLY
-                stage.detail = f"{len(result.matrices)} matrices, {result.quantizers} quantizers, {error}"
-                self.quantize_log += result.log
+                    outputs = run_rank(part, replace(job, rank=rank), device)
+                self.quantize_log += outputs.log
+        finally:
+            self.run.add(parts, layout)

@@ -6,7 +6,7 @@ What Megatron or ModelOpt raises is a finding of its stage; an exception of the 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from time import perf_counter
 from harness.case import STAGES, Outcome, StageReport
 from harness.errors import UnsupportedModel, UsageError
 from harness.finding import Finding, Severity, has_errors
+from harness.layout import Layout
 
 # The stages without whose result each stage has nothing to work on.
 NEEDS: Mapping[str, tuple[str, ...]] = {
@@ -45,7 +46,8 @@ class Run:
         yield stage
         self.findings.extend(stage.findings)
         outcome = Outcome.FAILED if has_errors(stage.findings) else Outcome.PASSED
-        self.stages.append(StageReport(name, outcome, perf_counter() - start, stage.detail))
+        report = StageReport(name, outcome, perf_counter() - start, stage.detail)
+        self.stages = merged([*self.stages, report])
         if not stage.usable:
             self.blocked.add(name)
 
@@ -54,7 +56,7 @@ class Run:
         for needed in _all_needs(name):
             if needed in self.blocked:
                 reason = f"{needed} gave nothing to go on with"
-                self.stages.append(StageReport(name, Outcome.SKIPPED, 0.0, reason))
+                self.stages = merged([*self.stages, StageReport(name, Outcome.SKIPPED, 0.0, reason)])
                 return False
         return True
 
@@ -62,15 +64,59 @@ class Run:
         """For one of several ranks, which goes its own way from here on."""
         return Run(blocked=set(self.blocked))
 
-    def add(self, part: Run, where: str) -> None:
-        """Take over what one rank did and found, said to be ``where``."""
-        self.stages = merged(
-            [*self.stages, *(replace(stage, detail=f"{where}: {stage.detail}") for stage in part.stages)]
-        )
-        self.findings.extend(
-            replace(finding, message=f"{finding.message} ({where})") for finding in part.findings
-        )
-        self.blocked |= part.blocked
+    def add(self, parts: Mapping[int, Run], layout: Layout, at_once: bool = False) -> None:
+        """Take over what ranks of ``layout`` did and found, by number; what several say is said once.
+
+        ``at_once`` says that they ran beside each other, and not one after the other.
+        """
+        for name in STAGES:
+            reports = {n: stage for n, part in parts.items() for stage in part.stages if stage.name == name}
+            if not reports:
+                continue
+            details = _grouped([(number, report.detail) for number, report in reports.items()], str)
+            seconds = [report.seconds for report in reports.values()]
+            joined = StageReport(
+                name,
+                max((report.outcome for report in reports.values()), key=_FROM_GOOD_TO_BAD.index),
+                max(seconds) if at_once else sum(seconds),
+                "; ".join(f"{ranks_text(numbers, layout)}: {detail}" for detail, numbers in details),
+            )
+            self.stages = merged([*self.stages, joined])
+        found = [(number, finding) for number, part in parts.items() for finding in part.findings]
+        for finding, numbers in _grouped(found, _said):
+            message = f"{finding.message} ({ranks_text(numbers, layout)})"
+            self.findings.append(replace(finding, message=message))
+        for part in parts.values():
+            self.blocked |= part.blocked
+
+
+def ranks_text(numbers: Sequence[int], layout: Layout) -> str:
+    """``ranks 0-2, 5 of tp8``; the layout alone where it has one rank."""
+    if layout.world_size == 1:
+        return str(layout)
+    if len(numbers) == 1:
+        return f"rank {numbers[0]} of {layout}"
+    rows: list[list[int]] = []
+    for number in sorted(numbers):
+        if rows and number == rows[-1][-1] + 1:
+            rows[-1].append(number)
+        else:
+            rows.append([number])
+    spelt = [f"{row[0]}-{row[-1]}" if len(row) > 1 else str(row[0]) for row in rows]
+    return f"ranks {', '.join(spelt)} of {layout}"
+
+
+def _said(finding: Finding) -> tuple[object, ...]:
+    """What two findings that say the same have in common; expected and actual may be anything."""
+    return (finding.stage, finding.severity, finding.flag, finding.line, finding.module, finding.message)
+
+
+def _grouped[T](pairs: Iterable[tuple[int, T]], key: Callable[[T], object]) -> Iterable[tuple[T, list[int]]]:
+    """Values with the same key once, the first of them, each with the numbers that have it."""
+    groups: dict[object, tuple[T, list[int]]] = {}
+    for number, value in pairs:
+        groups.setdefault(key(value), (value, []))[1].append(number)
+    return groups.values()
 
 
 def _all_needs(name: str) -> Iterator[str]:

@@ -19,6 +19,15 @@ from harness.build import Shape, by, short
 from harness.finding import Finding, Severity
 from harness.layers import Attention
 from harness.layout import Layout
+from harness.standins.output import import_foreign
+from harness.world import simulated
+
+import_foreign()
+
+from megatron.core.inference.communication_utils import (  # noqa: E402
+    recv_from_prev_pipeline_rank_,
+    send_to_next_pipeline_rank,
+)
 
 if TYPE_CHECKING:
     from harness.activations import ModuleShapes
@@ -189,27 +198,34 @@ def forward(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """Logits [batch, sequence, vocabulary] for token ids [batch, sequence].
 
     Called as ModelOpt's own prefill calls it: positions from zero, a causal mask spelt out. A later
-    pipeline stage starts from made-up hidden states, one that is not the last ends with its own:
-    [sequence, batch, hidden], the sequence split over the tensor ranks.
+    pipeline stage starts from the hidden states of the one before, or from made-up ones where the other
+    ranks are simulated; one that is not the last sends its own on and gives them back: [sequence, batch,
+    hidden], the sequence split over the tensor ranks.
     """
     batch_size, sequence_length = tokens.shape
+    alone = simulated()
     if not model.pre_process:
-        model.set_input_tensor(hidden_states(model, batch_size, sequence_length))  # type: ignore[operator]
+        states = hidden_states(model, batch_size, sequence_length)
+        if not alone:
+            recv_from_prev_pipeline_rank_(states)
+        model.set_input_tensor(states)  # type: ignore[operator]
     positions = torch.arange(sequence_length, device=tokens.device).expand(batch_size, -1)
     # True where attention is forbidden: everything after the token itself.
     mask = torch.ones(sequence_length, sequence_length, dtype=torch.bool, device=tokens.device).triu(1)
     with torch.no_grad():
-        logits: torch.Tensor = model(
+        output: torch.Tensor = model(
             tokens,
             positions,
             mask.expand(batch_size, 1, -1, -1),
             runtime_gather_output=True,
         )
-    return logits
+    if not model.post_process and not alone:
+        send_to_next_pipeline_rank(output.contiguous())
+    return output
 
 
 def hidden_states(model: nn.Module, batch_size: int, sequence_length: int, seed: int = 1234) -> torch.Tensor:
-    """What the stage before would send: [sequence / tp, batch, hidden], normal, the same on every device."""
+    """What a stage before might send: [sequence / tp, batch, hidden], normal, the same on every device."""
     config: Any = model.config
     share = sequence_length // (config.tensor_model_parallel_size if config.sequence_parallel else 1)
     generator = torch.Generator().manual_seed(seed)

@@ -1,9 +1,9 @@
 """World: a layout and a device -> Megatron's process groups, opened and closed by one context manager.
 
 Megatron keeps its groups and random states in module globals. They exist inside ``open_world`` only, so
-that any number of cases can run in one process. There is no TCP port: a single rank needs none, and the
-other ranks of a larger layout are simulated: torch's fake process group holds this rank alone, and what
-would come from the others is a copy of its own.
+that any number of cases can run in one process. A single rank needs nobody; real ranks meet through a file,
+not a port. Where the other ranks of a layout are simulated, torch's fake process group holds this rank
+alone, and what would come from the others is a copy of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -40,13 +41,18 @@ SIMULATED_RANKS = StandInReport(
 
 @contextmanager
 def open_world(
-    layout: Layout, device: torch.device, seed: int = 1234, rank: Rank | None = None
+    layout: Layout,
+    device: torch.device,
+    seed: int = 1234,
+    rank: Rank | None = None,
+    meeting: Path | None = None,
 ) -> Iterator[None]:
     """One rank of ``layout`` on ``device``, its random numbers set by ``seed``; closed at the end.
 
-    ``rank`` is the first one unless given. In a layout of more than one rank the others are simulated
-    (``SIMULATED_RANKS``): shapes are right, numbers past the first collective are not. Enter it inside
-    ``standins.installed(device)``. Raises UsageError where a world is open already.
+    ``rank`` is the first one unless given. In a layout of more than one rank the others are processes that
+    open the same world with the same ``meeting``, a file that does not exist yet; without one they are
+    simulated (``SIMULATED_RANKS``): shapes are right, numbers past the first collective are not. Enter it
+    inside ``standins.installed(device)``. Raises UsageError where a world is open already.
     """
     import_foreign()
     from megatron.core import parallel_state
@@ -57,7 +63,7 @@ def open_world(
         if device.type == "cuda":
             torch.cuda.set_device(device)
         excepthook = sys.excepthook  # torch wraps it with each group, and never takes it back
-        collectives = _init_process_group(layout, device, rank.number if rank else 0)
+        collectives = _init_process_group(layout, device, rank.number if rank else 0, meeting)
         state = _globals(parallel_state)
         try:
             parallel_state.initialize_model_parallel(
@@ -79,20 +85,29 @@ def open_world(
             sys.excepthook = excepthook
 
 
-def _init_process_group(layout: Layout, device: torch.device, rank: int) -> AbstractContextManager[None]:
+def _init_process_group(
+    layout: Layout, device: torch.device, rank: int, meeting: Path | None
+) -> AbstractContextManager[None]:
     """torch's default group; what to hold open beside it."""
-    if layout.world_size == 1:
-        store = distributed.HashStore()  # type: ignore[attr-defined]
-        distributed.init_process_group(_BACKENDS[device.type], store=store, rank=0, world_size=1)
-        return nullcontext()
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+    world = layout.world_size
+    if world > 1 and meeting is None:
+        from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
-    return patched(distributed, "all_to_all_single", _all_to_all_of_one)
+        distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+        return patched(distributed, "all_to_all_single", _all_to_all_of_one)
+    hash_store, file_store = distributed.HashStore, distributed.FileStore  # type: ignore[attr-defined]
+    store = file_store(str(meeting), world) if world > 1 else hash_store()
+    distributed.init_process_group(_BACKENDS[device.type], store=store, rank=rank, world_size=world)
+    return nullcontext()
+
+
+def simulated() -> bool:
+    """Whether the other ranks of the world that is open are simulated."""
+    return distributed.get_backend() == "fake"
 
 
 @contextmanager
-def receiving(layout: Layout) -> Iterator[None]:
+def receiving() -> Iterator[None]:
     """While a model of a simulated rank runs: what other ranks would send is zeros where nothing comes.
 
     Megatron gathers into tensors made by ``torch.empty``, and the fake group of some versions of torch
@@ -104,7 +119,7 @@ def receiving(layout: Layout) -> Iterator[None]:
     def zeros(*size: Any, **more: Any) -> torch.Tensor:
         return empty(*size, **more).zero_()
 
-    with patched(torch, "empty", zeros) if layout.world_size > 1 else nullcontext():
+    with patched(torch, "empty", zeros) if simulated() else nullcontext():
         yield
 
 

@@ -92,3 +92,8 @@ def model_of(flags: str) -> Architecture:
     errors = [finding.message for finding in (*wrong, *refused) if finding.is_error]
     assert not errors, errors
     return architecture(arguments)
+
+
+# The plainest of all: grouped attention with a gated layer after it, and with experts in its place.
+DENSE = _GATED + _GROUPS + "--num-layers 2 --ffn-hidden-size 256 --position-embedding-type rope "
+SPARSE = DENSE + _EXPERTS

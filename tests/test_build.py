@@ -139,7 +139,7 @@ def assert_config(flags: str, arguments: Mapping[str, Any], monkeypatch: pytest.
     namespace = megatrons_own(flags, monkeypatch)
     for override in OVERRIDES:
         if override.applies(CPU):
-            setattr(namespace, override.dest, override.value(Layout()))
+            setattr(namespace, override.dest, override.value(Layout(), torch.bfloat16))
     expected = core_transformer_config_from_args(namespace)
     # As model_builder.py sets them on the config.
     expected.qk_l2_norm = namespace.export_qk_l2_norm

@@ -393,6 +393,37 @@ def test_no_presets_is_exit_code_2(invoke: Invoke, command: str, tmp_path: Path)
     assert (done.code, done.err) == (2, f"harness: no preset (*.sh) below {tmp_path}\n")
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ("Qwen3-0.6B", "--layout", "tp2,ep2"),
+            "layout tp2,ep2 cannot be for Qwen/Qwen3-0.6B: Megatron: ep2 needs experts, and the model has none",
+        ),
+        (("--layout", "tp4,etp2"), "Megatron: etp2 needs experts, and the model has none"),
+        (("--layout", "pp64"), "28 layers cannot fill 64 pipeline stages"),
+        (("--layout", "pp64"), ", nor for 1 others"),
+        (("--layout", "tp2", "--ranks", "2"), "numbers below 2 for layout tp2"),
+        (("--layout", "tp2", "--ranks", "every"), "write first, all, real, or numbers"),
+        (("--layout", "tp512,pp64", "--ranks", "real"), "has 32768 ranks, and --ranks real runs at most"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_wrong_usage(
+    invoke: Invoke, tree: Path, faked: list[Case], options: tuple[str, ...], said: str
+) -> None:
+    done = invoke("check", *options, "--recipe", "fp8", "--presets", tree, "--device", "cpu")
+    assert done.code == 2
+    assert said in done.err
+    assert not faked
+
+
+def test_a_layout_that_can_be_for_one_model_runs_for_all(invoke: Invoke, faked: list[Case]) -> None:
+    names = ("Qwen3-0.6B", "Qwen3-30B-A3B")
+    done = invoke("check", *names, "--layout", "ep2", "--recipe", "fp8", "--device", "cpu")
+    assert done.code == 0
+    assert len(faked) == 2
+
+
 def test_a_report_that_cannot_be_written_in_the_end_is_exit_code_2(
     invoke: Invoke, tree: Path, faked: list[Case], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

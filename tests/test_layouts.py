@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from harness import build, small_model
-from harness.case import STAGES, Case, CaseReport, Outcome
+from harness import build, rank_model
+from harness.case import FIRST_RANKS, STAGES, Case, CaseReport, Outcome
+from harness.errors import UnknownLayout
 from harness.layout import Layout
 from harness.pipeline import blueprint, check
 from harness.preset import preset_at
-from harness.rank import Rank, stages
-from harness.small_model import SHAPES_ONLY, first_ranks, layout_of_plan
+from harness.rank import Rank, ranks_named, stages
+from harness.rank_model import SHAPES_ONLY
+from harness.small_model import layout_of_plan
 
 PRESETS = Path(__file__).parent.parent / "presets"
 MOE = "Qwen/Qwen3-30B-A3B"
 DENSE = "Qwen/Qwen3-0.6B"
 
 
-def run(name: str, layout: str, recipe: str = "fp8") -> CaseReport:
-    return check(Case(name, str(PRESETS / f"{name}.sh"), recipe, Layout.parse(layout), "cpu"))
+def run(name: str, layout: str, recipe: str = "fp8", ranks: str = FIRST_RANKS) -> CaseReport:
+    path = str(PRESETS / f"{name}.sh")
+    return check(Case(name, path, recipe, Layout.parse(layout), "cpu", ranks=ranks))
 
 
 def outcomes(report: CaseReport) -> dict[str, str]:
@@ -31,6 +35,16 @@ def outcomes(report: CaseReport) -> dict[str, str]:
 
 def details(report: CaseReport) -> dict[str, str]:
     return {stage.name: stage.detail for stage in report.stages}
+
+
+def numbers_in(detail: str) -> list[int]:
+    """The ranks that a stage's detail speaks of: ``rank 3 of ...``, ``ranks 0-2, 5 of ...``."""
+    found = []
+    for text in re.findall(r"ranks? ([0-9, -]+) of ", detail):
+        for part in text.split(", "):
+            first, _, last = part.partition("-")
+            found += range(int(first), int(last or first) + 1)
+    return found
 
 
 def errors(report: CaseReport) -> list[str]:
@@ -60,9 +74,9 @@ def test_a_case_passes_at(name: str, layout: str, numbers: list[int]) -> None:
     assert outcomes(report) == dict.fromkeys(STAGES, "passed")
     seen = details(report)
     for stage in ("build", "forward", "quantize"):
-        assert [f"rank {number} of " in seen[stage] for number in numbers] == [True] * len(numbers)
-        assert seen[stage].count("rank ") == len(numbers)
-    assert seen["forward"].count(SHAPES_ONLY) == seen["quantize"].count(SHAPES_ONLY) == len(numbers)
+        assert sorted(numbers_in(seen[stage])) == numbers
+    for stage in ("forward", "quantize"):
+        assert seen[stage].count(SHAPES_ONLY) == len(re.findall(r"ranks? [0-9]", seen[stage]))
     assert "relative error" not in seen["quantize"], "an error of numbers that mean nothing"
 
 
@@ -102,14 +116,14 @@ def test_what_a_layout_forbids_is_said_and_not_built(name: str, layout: str, mes
 
 
 def test_a_parameter_that_is_not_split_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = small_model.rank_parameters
+    whole = rank_model.rank_parameters
 
     def unsplit(architecture: Any, layout: Layout, rank: Rank) -> dict[str, tuple[int, ...]]:
         shapes = whole(architecture, layout, rank)
         rows, columns = shapes["output_layer.weight"]
         return shapes | {"output_layer.weight": (rows * layout.tp, columns)}
 
-    monkeypatch.setattr(small_model, "rank_parameters", unsplit)
+    monkeypatch.setattr(rank_model, "rank_parameters", unsplit)
     report = run(MOE, "tp2")
     assert outcomes(report)["build"] == "failed"
     (message,) = errors(report)
@@ -173,8 +187,52 @@ def test_a_quantizer_without_data_is_found_where_values_are_not_looked_at() -> N
 
 
 def test_the_first_rank_of_each_stage() -> None:
-    found = first_ranks(Layout.parse("tp2,pp3"))
+    found = ranks_named("first", Layout.parse("tp2,pp3"))
     assert [(rank.number, rank.pp, rank.tp) for rank in found] == [(0, 0, 0), (2, 1, 0), (4, 2, 0)]
+
+
+@pytest.mark.parametrize(("text", "numbers"), [("all", [0, 1, 2, 3]), ("3,0", [0, 3]), ("2,2", [2])])
+def test_any_ranks_are_simulated(text: str, numbers: list[int]) -> None:
+    assert [rank.number for rank in ranks_named(text, Layout.parse("tp2,pp2"))] == numbers
+    report = run(MOE, "tp2,pp2", ranks=text)
+    assert errors(report) == []
+    assert sorted(numbers_in(details(report)["quantize"])) == numbers
+
+
+@pytest.mark.parametrize("text", ["4", "0,4", "-1", "1.5", "last", "", "0,"])
+def test_ranks_that_are_not_there(text: str) -> None:
+    with pytest.raises(UnknownLayout, match="numbers below 4 for layout tp2,pp2"):
+        ranks_named(text, Layout.parse("tp2,pp2"))
+
+
+def test_real_ranks_are_one_case_like_any_other() -> None:
+    report = run(DENSE, "tp2", ranks="real")
+    assert report.outcome is Outcome.PASSED
+    assert report.case.repro.endswith("--layout tp2 --device cpu --ranks real")
+    assert "ranks 0-1 of tp2" in details(report)["build"]
+    assert "as tp1 to " in details(report)["forward"]
+    assert not any("process groups" in record.target for record in report.stand_ins)
+
+
+# Layouts that cannot be
+
+
+def test_a_layout_that_cannot_be_for_a_model_is_skipped_with_the_reason() -> None:
+    report = run(DENSE, "ep2")
+    assert report.outcome is Outcome.SKIPPED
+    assert report.reason == (
+        "layout tp1,ep2 cannot be for this model: Megatron: ep2 needs experts, and the model has none"
+    )
+    assert report.findings == ()
+
+
+def test_a_layout_that_cannot_be_hides_no_error(tmp_path: Path) -> None:
+    source = (PRESETS / f"{DENSE}.sh").read_text()
+    wrong = tmp_path / "Qwen3-0.6B.sh"
+    wrong.write_text(source.replace("--norm-epsilon 1e-6", "--norm-epsilon 1e-5"))
+    report = check(Case("Qwen3-0.6B", str(wrong), "fp8", Layout.parse("ep2"), "cpu"))
+    assert report.outcome is Outcome.FAILED
+    assert any("norm" in finding.message for finding in report.findings if finding.is_error)
 
 
 @pytest.mark.parametrize("layout", ["pp2,first30", "pp2,last3", "pp4,first1,last15", "pp3,first10"])

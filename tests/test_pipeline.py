@@ -20,7 +20,7 @@ import pytest
 import torch
 from broken import PRESETS, TEXTS, edit, errors, write_copy
 
-from harness import pipeline, small_model
+from harness import pipeline, rank_model, small_model
 from harness.case import STAGES, Case, CaseReport, Outcome
 from harness.errors import DeviceUnavailable, UnknownRecipe
 from harness.layout import Layout
@@ -215,14 +215,14 @@ def test_a_misshapen_parameter_is_named(monkeypatch: pytest.MonkeyPatch, passed:
 
 
 def test_a_missing_and_an_unexpected_parameter_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = small_model.rank_parameters
+    original = rank_model.rank_parameters
     name = "decoder.layers.0.self_attention.q_layernorm.weight"
 
     def other(*args: Any) -> dict[str, tuple[int, ...]]:
         shapes = original(*args)
         return {key: shape for key, shape in shapes.items() if key != name} | {"decoder.extra.weight": (2, 3)}
 
-    monkeypatch.setattr(small_model, "rank_parameters", other)
+    monkeypatch.setattr(rank_model, "rank_parameters", other)
     report = check(CASE)
     assert outcomes(report)["build"] == "failed"
     messages = [finding.message for finding in report.findings]
@@ -296,8 +296,8 @@ def test_what_megatron_prints_before_it_raises_is_kept(
         (pipeline, "compare"),
         (pipeline, "audit"),
         (small_model, "shrink"),
-        (small_model, "rank_parameters"),
-        (small_model, "activations"),
+        (rank_model, "rank_parameters"),
+        (rank_model, "activations"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -222,6 +222,8 @@ def test_nothing_to_run_is_never_a_pass(
         (["--recipe", "nvfp5"], "no recipe is called 'nvfp5'; did you mean nvfp4"),
         (["--layout", "tp"], "layout 'tp': 'tp' is not a size"),
         (["--layout", "cp2"], "context parallelism needs Transformer Engine's attention"),
+        (["--layout", "ep2"], "ep2 needs experts, and the model has none"),
+        (["--layout", "tp2", "--ranks", "5"], "numbers below 2 for layout tp2"),
         (["--device", "cuda:77"], "device cuda:77 is not on this machine"),
     ],
     ids=["recipe", "layout", "layout that cannot be run", "device"],
@@ -318,7 +320,7 @@ def test_workers_take_the_visible_devices_in_turn(
     monkeypatch: pytest.MonkeyPatch, device: str, visible: str | None, pinned: list[str]
 ) -> None:
     monkeypatch.setattr("harness.devices.free_gpu_memory", lambda: (80 << 30, 80 << 30))
-    monkeypatch.setattr("harness.runner.pin_threads", lambda threads: None)
+    monkeypatch.setattr("harness.pytest_plugin.pin_threads", lambda threads: None)
     seen = []
     for index in range(3):
         if visible is None:

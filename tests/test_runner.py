@@ -17,7 +17,8 @@ from harness.case import Case, CaseReport, Outcome, StandInReport
 from harness.errors import UsageError
 from harness.finding import Finding, Severity
 from harness.layout import Layout
-from harness.runner import pin_threads, run_cases, safely, spread
+from harness.processes import pin_threads
+from harness.runner import run_cases, safely, spread
 
 
 def case(preset: str, recipe: str = "fp8") -> Case:

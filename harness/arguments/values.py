@@ -50,6 +50,10 @@ class Arguments:
     values: Mapping[str, Any]
     origins: Mapping[str, Origin]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Read-only views do not cross processes; what they show does."""
+        return _arguments, (dict(self.values), dict(self.origins))
+
     def __repr__(self) -> str:
         """What differs from Megatron's defaults; all 800 would hide it."""
         standard = defaults()
@@ -86,7 +90,11 @@ class Arguments:
 
     def replaced(self, changes: Mapping[str, Any]) -> Arguments:
         """The same arguments with some values changed, origins kept."""
-        return Arguments(MappingProxyType({**self.values, **changes}), self.origins)
+        return _arguments({**self.values, **changes}, self.origins)
+
+
+def _arguments(values: Mapping[str, Any], origins: Mapping[str, Origin]) -> Arguments:
+    return Arguments(MappingProxyType(dict(values)), MappingProxyType(dict(origins)))
 
 
 def flag_for(dest: str) -> str:
@@ -336,5 +344,5 @@ def resolve(flags: Sequence[Flag]) -> tuple[Arguments, tuple[Finding, ...]]:
     resolution = _Resolution(flags)
     for rule in _RULES:
         rule(resolution)
-    arguments = Arguments(MappingProxyType(resolution.values), MappingProxyType(resolution.origins))
+    arguments = _arguments(resolution.values, resolution.origins)
     return arguments, (*resolution.findings, *faults(arguments))

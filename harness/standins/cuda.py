@@ -92,6 +92,11 @@ def _cuda(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return tensor
 
 
+def _split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """``maybe_move_tensor_to_cpu``, which turns into numpy only what it moves."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def _is_cuda(device: object) -> bool:
     if isinstance(device, str):
         return device.split(":")[0] == "cuda"
@@ -100,6 +105,7 @@ def _is_cuda(device: object) -> bool:
 
 @contextmanager
 def install() -> Iterator[None]:
+    from megatron.core.transformer.moe import token_dispatcher
     from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
@@ -114,6 +120,7 @@ def install() -> Iterator[None]:
         # Both keep the first stream they make on the class, for the rest of the process.
         (MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", None),
         (SharedExpertMLP, "stream", None),
+        (token_dispatcher, "maybe_move_tensor_to_cpu", _split_sizes),
         (torch.Tensor, "to", _to),
         (torch.Tensor, "cuda", _cuda),
         *((torch, name, cuda_means_cpu(getattr(torch, name))) for name in _FACTORIES),

@@ -1,0 +1,132 @@
+"""Rank model: one rank of a small model -> built, run and quantized, each a stage of its case.
+
+Where the other ranks are simulated, only what does not hang on their numbers is checked: shapes, formats,
+what ran.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from harness import trace
+from harness.activations import activations
+from harness.build import build_model, compare_parameters, parameter_shapes, refused
+from harness.quantize import quantize
+from harness.sharding import rank_parameters
+from harness.world import receiving, simulated
+
+if TYPE_CHECKING:
+    from harness.architecture import Architecture
+    from harness.layout import Layout
+    from harness.rank import Rank
+    from harness.recipes import Recipe
+    from harness.stages import Run
+
+# What a stage says of a rank whose numbers mean nothing.
+SHAPES_ONLY = "simulated rank: shapes only"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What one rank is to do. ``small`` is the plan's model; it runs in ``dtype``.
+
+    ``length`` counts the tokens of a sequence, ``sequences`` those to calibrate with, as many as needed
+    where None.
+    """
+
+    small: Architecture
+    recipe: Recipe
+    layout: Layout
+    rank: Rank
+    dtype: torch.dtype
+    length: int
+    sequences: int | None = None
+
+
+@dataclass(slots=True)
+class Outputs:
+    """What came of it: logits [batch, sequence, vocabulary] where the rank is of the last pipeline stage.
+
+    ``log`` is what ModelOpt said.
+    """
+
+    logits: torch.Tensor | None = None
+    quantized: torch.Tensor | None = None
+    sequences: int | None = None
+    log: str = ""
+
+
+def run_rank(run: Run, job: Job, device: torch.device) -> Outputs:
+    """The stages build, forward and quantize. Call it inside ``standins.installed`` and ``open_world``."""
+    outputs, model = Outputs(), _build(run, job, device)
+    with receiving():
+        if run.can("forward"):
+            _forward(run, job, device, model, outputs)
+        if run.can("quantize"):
+            _quantize(run, job, device, model, outputs)
+    return outputs
+
+
+def _build(run: Run, job: Job, device: torch.device) -> Any:
+    model: Any = None
+    with run.stage("build") as stage:
+        expected = rank_parameters(job.small, job.layout, job.rank)
+        with stage.foreign():
+            model = build_model(job.small, job.layout, device, dtype=job.dtype)
+        stage.findings.extend(refused(job.small, job.layout, device))
+        if stage.usable:
+            stage.findings.extend(compare_parameters(expected, parameter_shapes(model)))
+            stage.detail = f"{len(expected)} parameters as in the inventory"
+    return model
+
+
+def _forward(run: Run, job: Job, device: torch.device, model: Any, outputs: Outputs) -> None:
+    small, length, batch = job.small, job.length, trace.BATCH_SIZE
+    tokens = trace.token_ids(small.padded_vocab_size, batch, length, device)
+    with run.stage("forward") as stage:
+        expected = activations(
+            small, sequence_length=length, batch_size=batch, layout=job.layout, rank=job.rank
+        )
+        with stage.foreign(), trace.recording(model) as recorder:
+            output = trace.forward(model, tokens)
+        # Where the pass raised, the trace up to there says first which shapes parted.
+        stage.findings[:0] = trace.compare_trace(expected, recorder.trace())
+        if not stage.usable:
+            return
+        stage.detail = f"{len(expected)} modules as planned"
+        last = job.rank.pp == job.layout.pp - 1
+        if simulated():
+            stage.detail += f", {SHAPES_ONLY}"
+        elif last:
+            stage.detail += ", logits finite"
+        if not last:
+            states = (length // job.layout.tp, batch, small.hidden_size)
+            stage.findings.extend(trace.check_shape(output, states, "hidden states"))
+        elif simulated():
+            logits = (batch, length, small.padded_vocab_size)
+            stage.findings.extend(trace.check_shape(output, logits, "logits"))
+        else:
+            stage.findings.extend(trace.check_logits(output, tokens, small.padded_vocab_size))
+            outputs.logits = output
+
+
+def _quantize(run: Run, job: Job, device: torch.device, model: Any, outputs: Outputs) -> None:
+    with run.stage("quantize") as stage:
+        result = None
+        with stage.foreign():
+            result = quantize(
+                model, job.recipe, job.small, device, length=job.length, sequences=job.sequences
+            )
+        if result is None:
+            return
+        stage.findings.extend(result.findings)
+        stage.detail = f"{len(result.matrices)} matrices, {result.quantizers} quantizers"
+        if simulated():
+            stage.detail += f", {SHAPES_ONLY}"
+        elif result.error is not None:
+            stage.detail += f", relative error {result.error:.3g}"
+            outputs.quantized = result.output
+        outputs.sequences, outputs.log = result.sequences, result.log
