@@ -228,9 +228,10 @@ def test_a_layout_that_cannot_be_for_a_model_is_skipped_with_the_reason() -> Non
 
 def test_a_layout_that_cannot_be_hides_no_error(tmp_path: Path) -> None:
     source = (PRESETS / f"{DENSE}.sh").read_text()
-    wrong = tmp_path / "Qwen3-0.6B.sh"
+    wrong = tmp_path / "Qwen" / "Qwen3-0.6B.sh"
+    wrong.parent.mkdir()
     wrong.write_text(source.replace("--norm-epsilon 1e-6", "--norm-epsilon 1e-5"))
-    report = check(Case("Qwen3-0.6B", str(wrong), "fp8", Layout.parse("ep2"), "cpu"))
+    report = check(Case(DENSE, str(wrong), "fp8", Layout.parse("ep2"), "cpu"))
     assert report.outcome is Outcome.FAILED
     assert any("norm" in finding.message for finding in report.findings if finding.is_error)
 

@@ -222,16 +222,25 @@ def test_nothing_to_run_is_never_a_pass(
         (["--recipe", "nvfp5"], "no recipe is called 'nvfp5'; did you mean nvfp4"),
         (["--layout", "tp"], "layout 'tp': 'tp' is not a size"),
         (["--layout", "cp2"], "context parallelism needs Transformer Engine's attention"),
-        (["--layout", "ep2"], "ep2 needs experts, and the model has none"),
         (["--layout", "tp2", "--ranks", "5"], "numbers below 2 for layout tp2"),
         (["--device", "cuda:77"], "device cuda:77 is not on this machine"),
     ],
-    ids=["recipe", "layout", "layout that cannot be run", "device"],
+    ids=["recipe", "layout", "layout that cannot be run", "ranks", "device"],
 )
 def test_wrong_options_are_wrong_usage(tree: pytest.Pytester, options: list[str], message: str) -> None:
     result = run(tree, "presets", *options)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert message in result.stderr.str()
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["one", "xdist"])
+def test_a_layout_that_cannot_be_is_wrong_usage(tree: pytest.Pytester, workers: tuple[str, ...]) -> None:
+    own = Path(__file__).parent.parent / "presets" / "Qwen" / "Qwen3-0.6B.sh"
+    preset = tree.path / "presets" / "Qwen" / "Qwen3-0.6B.sh"
+    preset.write_text(own.read_text())
+    result = run(tree, preset, "--layout", "ep2", *workers)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "ep2 needs experts, and the model has none" in result.stderr.str()
 
 
 # ---- running ----
