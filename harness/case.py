@@ -15,11 +15,15 @@ from harness.shrink.invariants import Invariant
 
 STAGES = ("parse", "reference", "audit", "config", "shrink", "build", "forward", "quantize")
 
+# Checks of a quantized model that cost more than quantizing it, and are made where they are asked for.
+PROOFS = ("state", "weights", "backward")
+
 
 class Outcome(StrEnum):
     PASSED = "passed"
     FAILED = "failed"  # the preset, or the model it describes, is wrong
     SKIPPED = "skipped"  # always with a reason
+    UNSUPPORTED = "unsupported"  # nothing is wrong with the preset: ModelOpt or Megatron cannot do this
     ERROR = "error"  # the harness itself failed
 
 
@@ -32,7 +36,7 @@ class Case:
     """One thing to check. ``path`` is the preset file, ``presets`` its tree where it is not the default.
 
     ``ranks`` are those of the layout that are simulated (``rank.ranks_named``), or ``real`` for a process
-    each.
+    each. ``prove`` are those of ``PROOFS`` that are asked for.
     """
 
     preset: str
@@ -42,6 +46,7 @@ class Case:
     device: str
     presets: str | None = None
     ranks: str = FIRST_RANKS
+    prove: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -54,17 +59,31 @@ class Case:
         words = ["harness", "check", self.preset, "--recipe", self.recipe]
         words += ["--layout", str(self.layout), "--device", self.device]
         words += [] if self.ranks == FIRST_RANKS else ["--ranks", self.ranks]
+        words += ["--prove", ",".join(self.prove)] if self.prove else []
         return shlex.join([*words, *(["--presets", self.presets] if self.presets else [])])
 
 
 @dataclass(frozen=True, slots=True)
+class Check:
+    """One named check of a stage. ``detail`` says what was looked at, or whose limit it is and its words."""
+
+    name: str
+    outcome: Outcome
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class StageReport:
-    """One stage of one case. ``detail`` says what was seen, or why it was skipped."""
+    """One stage of one case. ``detail`` says what was seen, or why it was skipped.
+
+    ``checks`` are those with a name, in the order they were made; a stage may find more than they do.
+    """
 
     name: str
     outcome: Outcome
     seconds: float
     detail: str = ""
+    checks: tuple[Check, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +106,10 @@ class ShrinkReport:
 
 @dataclass(frozen=True, slots=True)
 class CaseReport:
-    """What happened to one case. ``reason`` says why it was skipped, or what the harness failed on.
+    """What happened to one case.
+
+    ``reason`` says why it was skipped, whose limit it is that it is unsupported and in which words, or what
+    the harness failed on.
 
     ``log`` is what Megatron and ModelOpt printed, kept for a case that did not pass.
     """

@@ -32,6 +32,7 @@ from harness.selection import (
     layouts_named,
     not_checked_json,
     not_checked_text,
+    proofs_named,
     recipes_named,
     runnable,
 )
@@ -59,6 +60,10 @@ Json = Annotated[
 Recipes = Annotated[list[str] | None, typer.Option("--recipe", help="a recipe, several with commas, or all")]
 Layouts = Annotated[
     list[str] | None, typer.Option("--layout", help="parallel sizes: tp2, or tp8,ep4,etp1,pp2")
+]
+Prove = Annotated[
+    list[str] | None,
+    typer.Option("--prove", help="checks that cost more: state, weights, backward, with commas, or all"),
 ]
 Ranks = Annotated[
     str,
@@ -170,6 +175,7 @@ def check(
     recipe: Recipes = None,
     layout: Layouts = None,
     ranks: Ranks = FIRST_RANKS,
+    prove: Prove = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     jobs: Annotated[str, typer.Option(help="worker processes, or auto")] = "auto",
     timeout: Annotated[
@@ -182,11 +188,11 @@ def check(
     from harness.runner import run_cases
 
     recipes, chosen = recipes_named(recipe or []), resolve_device(device)
-    layouts = runnable(layouts_named(layout or []), ranks, chosen)
+    layouts, proofs = runnable(layouts_named(layout or []), ranks, chosen), proofs_named(prove or [])
     workers = _jobs(jobs, chosen)
     found = _find(names or [], presets)
     pipeline.require_possible(found.files, layouts)
-    cases = cases_of(found.files, recipes, layouts, chosen, presets, ranks)
+    cases = cases_of(found.files, recipes, layouts, chosen, presets, ranks, proofs)
     if timeout < 0:
         raise UsageError(f"--timeout {timeout:g} is less than no time")
     if json_ not in (None, "-"):
@@ -300,7 +306,7 @@ def _print(text: str, stream: Any) -> None:
 _STYLES = {
     r"((?<=  )|(?<=\d ))passed\b": "green",
     r"((?<=  )|(?<=\d )|(?<=: ))(failed|error|NO)\b": "bold red",
-    r"((?<=  )|(?<=\d )|(?<=: ))(skipped|warning)\b": "yellow",
+    r"((?<=  )|(?<=\d )|(?<=: ))(skipped|unsupported|warning)\b": "yellow",
     r"(?m)^  again: .*": "dim",
 }
 

@@ -25,7 +25,7 @@ class Finding:
 
     ``flag`` is spelled as in the preset (``--num-query-groups``); ``line`` and ``column`` count from
     one and are None where the finding has no place in the file; ``module`` is the Megatron module
-    path for findings about a built model.
+    path for findings about a built model, ``check`` the named check of the stage that found it, if one did.
     """
 
     stage: str
@@ -37,6 +37,7 @@ class Finding:
     module: str | None = None
     expected: Any = None
     actual: Any = None
+    check: str | None = None
 
     @property
     def is_error(self) -> bool:

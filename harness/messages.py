@@ -171,6 +171,15 @@ def skipped_text(reports: Iterable[CaseReport]) -> str:
     )
 
 
+def unsupported_text(reports: Iterable[CaseReport]) -> str:
+    """Whose limits these are and their words, each once, with the cases that meet it."""
+    cases: dict[str, list[str]] = {}
+    for report in reports:
+        if report.outcome is Outcome.UNSUPPORTED:
+            cases.setdefault(report.reason, []).append(f"  {report.case.name}")
+    return "\n".join("\n".join([reason, *names]) for reason, names in cases.items())
+
+
 def warnings_text(reports: Iterable[CaseReport]) -> str:
     """Every warning, once per preset however many cases found it."""
     return _each_once(reports, _warnings)
@@ -196,8 +205,11 @@ def stand_ins_text(records: Iterable[StandInReport]) -> str:
 
 
 def stages_text(report: CaseReport) -> str:
-    """Every stage of one case: outcome, seconds and what it saw."""
-    rows = [(s.name, str(s.outcome), f"{s.seconds:.2f}", s.detail) for s in report.stages]
+    """Every stage of one case: outcome, seconds and what it saw; its named checks below it."""
+    rows = []
+    for stage in report.stages:
+        rows.append((stage.name, str(stage.outcome), f"{stage.seconds:.2f}", stage.detail))
+        rows.extend((f"  {check.name}", str(check.outcome), "", check.detail) for check in stage.checks)
     return "\n".join(aligned(("stage", "outcome", "seconds", "what"), rows, right="seconds"))
 
 
@@ -210,11 +222,12 @@ def summary_line(reports: Sequence[CaseReport], seconds: float | None = None) ->
 
 
 def full_text(reports: Sequence[CaseReport], width: int | None, seconds: float | None = None) -> str:
-    """The table, then what failed, was skipped, was warned of and stood in, then one line on all of it."""
+    """The table, what failed, was skipped, is unsupported, was warned of and stood in, a line on it all."""
     sections = (
         ("", summary_table(reports, width)),
         ("", failures_text(reports)),
         ("skipped\n", skipped_text(reports)),
+        ("unsupported\n", unsupported_text(reports)),
         ("warnings\n", warnings_text(reports)),
         ("stand-ins on this machine\n", stand_ins_text(stand_ins(reports))),
         ("", summary_line(reports, seconds)),

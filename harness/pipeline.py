@@ -111,18 +111,20 @@ def _check(run: Run, case: Case) -> CaseReport:
     full = _read(run, PresetFile(case.preset, Path(case.path)), case.layout, recipe)
     if full is not None and (reason := _impossible(run, full, case.layout)):
         stages, findings = tuple(run.stages), tuple(run.findings)
-        return CaseReport(case, Outcome.SKIPPED, 0.0, stages, findings, reason=reason)
+        return CaseReport(case, Outcome.UNSUPPORTED, 0.0, stages, findings, reason=reason)
     model = SmallModel(run, case, recipe, full)
     model.run_stages()
+    failed = has_errors(run.findings)
     return CaseReport(
         case=case,
-        outcome=_outcome(run),
+        outcome=Outcome.UNSUPPORTED if model.limit and not failed else _outcome(run),
         seconds=0.0,
         stages=tuple(run.stages),
         findings=tuple(run.findings),
         stand_ins=model.stand_ins,
         shrink=_shrink_report(model.plan),
-        log=model.log if has_errors(run.findings) else "",
+        reason="" if failed else model.limit,
+        log=model.log if failed else "",
     )
 
 
@@ -135,7 +137,8 @@ def _impossible(run: Run, full: Architecture, layout: Layout) -> str | None:
         return None
     run.findings[:] = rest
     run.stages[:] = [
-        replace(stage, outcome=Outcome.SKIPPED) if stage.name == "audit" else stage for stage in run.stages
+        replace(stage, outcome=Outcome.UNSUPPORTED) if stage.name == "audit" else stage
+        for stage in run.stages
     ]
     return f"layout {layout} cannot be for this model: {limits[0].message}"
 

@@ -34,6 +34,7 @@ from harness.selection import (
     cases_of,
     layouts_named,
     not_checked_text,
+    proofs_named,
     recipes_named,
     runnable,
 )
@@ -56,6 +57,7 @@ class Wanted:
     device: str
     timeout: float
     places: tuple[Path, ...]
+    prove: tuple[str, ...] = ()
 
 
 _WANTED = pytest.StashKey[Wanted]()
@@ -73,6 +75,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--ranks",
         default=FIRST_RANKS,
         help="ranks of a layout to simulate: first, all, or 0,5; or real: a process each",
+    )
+    group.addoption(
+        "--prove",
+        action="append",
+        default=[],
+        help="checks that cost more: state, weights, backward, several with commas, or all",
     )
     group.addoption("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     # Not --timeout: that is pytest-timeout's.
@@ -107,6 +115,7 @@ def _wanted(config: pytest.Config) -> Wanted:
         resolved,
         config.getoption("case_timeout"),
         tuple(map(Path, places)),
+        proofs_named(config.getoption("prove")),
     )
 
 
@@ -229,7 +238,8 @@ class PresetTests(pytest.File):
     def collect(self) -> Iterator[PresetCase]:
         wanted = self.config.stash[_WANTED]
         file = preset_at(self.path)
-        for case in cases_of([file], wanted.recipes, wanted.layouts, wanted.device, None, wanted.ranks):
+        layouts, ranks = wanted.layouts, wanted.ranks
+        for case in cases_of([file], wanted.recipes, layouts, wanted.device, None, ranks, wanted.prove):
             layout = f"-{case.layout}" if len(wanted.layouts) > 1 else ""
             yield PresetCase.from_parent(self, name=f"{case.recipe}{layout}", case=case)
 
@@ -250,6 +260,8 @@ class PresetCase(pytest.Item):
             self.add_report_section("call", "log", report.log)
         if report.outcome is Outcome.SKIPPED:
             raise pytest.skip.Exception(report.reason, _use_item_location=True)
+        if report.outcome is Outcome.UNSUPPORTED:
+            raise pytest.skip.Exception(f"unsupported: {report.reason}", _use_item_location=True)
         if report.outcome is not Outcome.PASSED:
             raise CaseFailed(report)
 

@@ -7,6 +7,7 @@ what ran.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +15,14 @@ import torch
 from harness import trace
 from harness.activations import activations
 from harness.build import build_model, compare_parameters, parameter_shapes, refused
-from harness.quantize import quantize
+from harness.case import Check, Outcome
+from harness.finding import has_errors
+from harness.proofs import backward, state, weights
+from harness.quantize import Quantization, quantize
+from harness.rounding import largest_error
+from harness.routing import forward_along
 from harness.sharding import rank_parameters
+from harness.standins.output import captured
 from harness.world import receiving, simulated
 
 if TYPE_CHECKING:
@@ -23,7 +30,7 @@ if TYPE_CHECKING:
     from harness.layout import Layout
     from harness.rank import Rank
     from harness.recipes import Recipe
-    from harness.stages import Run
+    from harness.stages import Run, Stage
 
 # What a stage says of a rank whose numbers mean nothing.
 SHAPES_ONLY = "simulated rank: shapes only"
@@ -34,7 +41,7 @@ class Job:
     """What one rank is to do. ``small`` is the plan's model; it runs in ``dtype``.
 
     ``length`` counts the tokens of a sequence, ``sequences`` those to calibrate with, as many as needed
-    where None.
+    where None. ``prove`` are those of ``case.PROOFS`` to make.
     """
 
     small: Architecture
@@ -44,6 +51,7 @@ class Job:
     dtype: torch.dtype
     length: int
     sequences: int | None = None
+    prove: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -118,11 +126,19 @@ def _quantize(run: Run, job: Job, device: torch.device, model: Any, outputs: Out
         result = None
         with stage.foreign():
             result = quantize(
-                model, job.recipe, job.small, device, length=job.length, sequences=job.sequences
+                model,
+                job.recipe,
+                job.small,
+                device,
+                length=job.length,
+                sequences=job.sequences,
+                layout=job.layout,
+                rank=job.rank,
             )
         if result is None:
             return
-        stage.findings.extend(result.findings)
+        for proof in result.proofs:
+            stage.proved(proof)
         stage.detail = f"{len(result.matrices)} matrices, {result.quantizers} quantizers"
         if simulated():
             stage.detail += f", {SHAPES_ONLY}"
@@ -130,3 +146,48 @@ def _quantize(run: Run, job: Job, device: torch.device, model: Any, outputs: Out
             stage.detail += f", relative error {result.error:.3g}"
             outputs.quantized = result.output
         outputs.sequences, outputs.log = result.sequences, result.log
+        _prove(stage, job, device, model, result)
+
+
+def _prove(stage: Stage, job: Job, device: torch.device, model: Any, result: Quantization) -> None:
+    """The proofs that were asked for. Packing throws the weights away, so it comes last."""
+    if not job.prove:
+        return
+    reason = _unprovable(stage)
+    if reason:
+        stage.checks.extend(Check(name, Outcome.SKIPPED, reason) for name in job.prove)
+        return
+    run = partial(forward_along, tokens=result.tokens, routes=result.routes)
+
+    def fresh() -> Any:
+        return build_model(job.small, job.layout, device, seed=_OTHER_SEED, dtype=job.dtype)
+
+    with stage.foreign(), captured():
+        if backward.NAME in job.prove:
+            if job.layout.pp > 1:
+                reason = "a gradient crosses the stages of a pipeline, and each rank has one"
+                stage.checks.append(Check(backward.NAME, Outcome.SKIPPED, reason))
+            else:
+                trained = [path for path in result.matrices if _has_weight(model, path)]
+                stage.proved(backward.prove_backward(model, trained, result.tokens))
+        if state.NAME in job.prove:
+            stage.proved(state.prove_state(model, fresh, run, result.output))
+            stage.proved(state.prove_sharded_state(model, fresh, run, result.output))
+        if weights.NAME in job.prove:
+            config, bound = job.recipe.to_config(), largest_error(job.recipe, job.small)
+            stage.proved(weights.prove_weights(model, config, run, result.output, bound))
+
+
+# A restored model must owe nothing to the numbers that it was built with.
+_OTHER_SEED = 4321
+
+
+def _unprovable(stage: Stage) -> str | None:
+    if has_errors(stage.findings):
+        return "the model is not quantized as it should be"
+    return SHAPES_ONLY if simulated() else None
+
+
+def _has_weight(model: Any, path: str) -> bool:
+    """Not so of an output layer that takes the embedding's."""
+    return getattr(model.get_submodule(path), "weight", None) is not None

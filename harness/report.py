@@ -18,7 +18,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from harness.case import FIRST_RANKS, Case, CaseReport, Outcome, ShrinkReport, StageReport, StandInReport
+from harness.case import (
+    FIRST_RANKS,
+    Case,
+    CaseReport,
+    Check,
+    Outcome,
+    ShrinkReport,
+    StageReport,
+    StandInReport,
+)
 from harness.errors import HarnessError, ReportError
 from harness.finding import Finding, Severity
 from harness.layout import Layout
@@ -85,6 +94,7 @@ def result_to_json(report: CaseReport) -> dict[str, Any]:
         "layout": str(case.layout),
         "ranks": case.ranks,
         "device": case.device,
+        "prove": list(case.prove),
         "outcome": str(report.outcome),
         "seconds": round(report.seconds, 3),
         "stages": _plain(report.stages),
@@ -153,12 +163,11 @@ def result_from_json(result: Mapping[str, Any], known: Mapping[str, StandInRepor
             device=result["device"],
             presets=result["presets"],
             ranks=result.get("ranks", FIRST_RANKS),
+            prove=tuple(result.get("prove", ())),
         ),
         outcome=Outcome(result["outcome"]),
         seconds=result["seconds"],
-        stages=tuple(
-            StageReport(**{**stage, "outcome": Outcome(stage["outcome"])}) for stage in result["stages"]
-        ),
+        stages=tuple(map(_stage_from_json, result["stages"])),
         findings=tuple(
             Finding(**{**finding, "severity": Severity(finding["severity"])})
             for finding in result["findings"]
@@ -171,6 +180,13 @@ def result_from_json(result: Mapping[str, Any], known: Mapping[str, StandInRepor
         reason=result["reason"],
         log=result["log"],
     )
+
+
+def _stage_from_json(stage: Mapping[str, Any]) -> StageReport:
+    checks = tuple(
+        Check(**{**check, "outcome": Outcome(check["outcome"])}) for check in stage.get("checks", ())
+    )
+    return StageReport(**{**stage, "outcome": Outcome(stage["outcome"]), "checks": checks})
 
 
 def read_report(path: Path) -> tuple[CaseReport, ...]:
@@ -233,7 +249,10 @@ def _umask() -> int:
 
 
 def exit_code(reports: Iterable[CaseReport]) -> int:
-    """0: what ran passed; 1: a preset has errors; 2: the harness failed, or nothing ran."""
+    """0: what ran passed; 1: a preset has errors; 2: the harness failed, or nothing ran.
+
+    A case that is unsupported counts no more than one that was skipped.
+    """
     outcomes = {report.outcome for report in reports}
     if Outcome.ERROR in outcomes:
         return 2

@@ -1,34 +1,37 @@
-"""Rounding: how far a recipe may move a model's logits, and how far it did.
+"""Rounding: a recipe and an architecture -> how far the recipe may move the logits, from its formats alone.
 
-The bound follows from the recipe and the number of matrix products that a token passes, so that it means
-the same for every kind of layer.
+Every number format has an error of its own. The errors of weights and of inputs of a matrix product add up
+in squares, and so do those of the products that a token passes one after the other; so the bound means the
+same for every recipe and every kind of layer. Nothing here knows a recipe by name.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-
-from harness.build import by
-from harness.finding import Finding, Severity
-from harness.layers import MoE
-from harness.recipes import Recipe
+from harness.inventory import parameters
+from harness.recipes import Format, Recipe
+from harness.recipes.format import E2M1, E4M3, E8M0
+from harness.roles import Role, role_of
 
 if TYPE_CHECKING:
     from harness.architecture import Architecture
 
-# Relative error of one matrix product whose inputs and weights a recipe rounds, both normal; int8, whose
-# step is the largest number's share, errs by more where activations have long tails (squared ReLU).
-PRODUCT_ERROR: Mapping[str, float] = {
-    "fp8": 0.0374,
-    "int8_smoothquant": 0.0167,
-    "int4_awq": 0.117,
-    "w4a8_awq_beta": 0.119,
-    "nvfp4": 0.134,
-}
+# Root mean square of the error, relative to the numbers, of normal numbers in floating-point formats with
+# scales that use their range; by (exponent, mantissa) bits. Measured (tests/test_rounding.py).
+_FLOATING = {(4, 3): 0.0267, (5, 2): 0.053, (3, 2): 0.053, (2, 3): 0.0267}
+# Of E2M1, with its eight magnitudes, the scale of a block counts: E4M3 follows the block's largest number,
+# E8M0 only to a power of two.
+_E2M1 = {E4M3: 0.0951, E8M0: 0.1158}
+# An integer's step is a share of the largest number that has the same scale. Of n normal numbers in a block
+# that is about sqrt(2 ln n) standard deviations; of a whole row of weights, or of all, less than these.
+_LARGEST_IN_ROW, _LARGEST_IN_WEIGHTS = 4.0, 5.5
+# Activations have longer tails: of squares of normal numbers the largest are 10 to 15 standard deviations,
+# of what a norm gives 4 to 5; one product follows the other.
+_LARGEST_IN_INPUTS = 8.0
+
 # Were nothing but rounded products in the way of a token, their errors would add up in squares. The residual
 # stream, which no recipe rounds, keeps the sum below that: 0.4 to 0.95 of it in forty models of every kind
 # of layer. A wrong format or scale is off by a multiple.
@@ -40,75 +43,131 @@ _NO_LONGER_SIMILAR = 1.0
 # doing with its quantizers off. In exact arithmetic nothing changes; in bf16 each product is rounded
 # once more. Measured 0.0025 to 0.005 for one product.
 LARGEST_FOLDING_ERROR = 0.006
+# A rotation of queries and keys, which also goes on, cancels out in the same way; each side is rounded, and
+# measured 0.004 to 0.007 for one attention.
+LARGEST_ROTATION_ERROR = 0.012
+# GPTQ puts what rounding one column lost into the columns after it: weights, not scales, are what it leaves.
+_REWRITING = ("gptq",)
+
+_INPUTS, _WEIGHTS = "input", "weight"
+_CACHE = ("q_bmm", "k_bmm", "v_bmm")
+
+# Which of a layer's matrices are passed one after the other; those with the same number stand beside each
+# other, and the worst counts.
+_TURN = {
+    Role.QKV: 0,
+    Role.LATENT_DOWN: 0,
+    Role.LATENT_UP: 1,
+    Role.MAMBA_IN: 0,
+    Role.DELTA_IN: 0,
+    Role.DELTA_CONV: 1,
+    Role.PROJ: 2,
+    Role.MAMBA_OUT: 2,
+    Role.DELTA_OUT: 2,
+    Role.EXPERT_LATENT_IN: 3,
+    Role.FC1: 4,
+    Role.EXPERT_FC1: 4,
+    Role.SHARED_FC1: 4,
+    Role.FC2: 5,
+    Role.EXPERT_FC2: 5,
+    Role.SHARED_FC2: 5,
+    Role.EXPERT_LATENT_OUT: 6,
+    Role.POSITIONS: 7,
+    Role.OUTPUT: 8,
+}
 
 
-def products(architecture: Architecture) -> int:
-    """Quantized matrix products that a token passes one after the other, from embedding to output layer."""
-    total = 0
-    for layer in architecture.layers:
-        if layer.mixer is not None:
-            total += 2  # into the mixer and out of it; the down-projections of latent attention stay
-        if layer.mlp is not None:
-            latent = isinstance(layer.mlp, MoE) and layer.mlp.latent_size is not None
-            total += 4 if latent else 2
-    return total
+def rounding_error(form: Format, inputs: bool = False) -> float:
+    """The relative error that ``form`` makes of normal numbers, root mean square.
 
-
-def relative_error(expected: torch.Tensor, actual: torch.Tensor) -> float | None:
-    """|actual - expected| / |expected|, over all tokens. None where the shapes differ."""
-    if expected.shape != actual.shape:
-        return None
-    wanted, found = expected.float(), actual.float()
-    return float((found - wanted).norm() / wanted.norm())
-
-
-def largest_error(recipe: Recipe, products: int) -> float:
-    """The bound on the relative error of the logits of a model with so many products in a row."""
-    return min(_MARGIN * PRODUCT_ERROR[recipe.name] * math.sqrt(products), _NO_LONGER_SIMILAR)
-
-
-def check_output(
-    recipe: Recipe, products: int, before: torch.Tensor, after: torch.Tensor
-) -> tuple[Finding, ...]:
-    """Findings where the quantized logits have another shape, are not finite, or are not about as far
-    from the unquantized ones as the recipe makes them: neither the same nor beyond its bound."""
-    if after.shape != before.shape:
-        expected, actual = tuple(before.shape), tuple(after.shape)
-        what = f"quantized logits are {by(actual)}, expected {by(expected)}"
-        return (_finding(what, expected, actual),)
-    wrong = int((~torch.isfinite(after)).sum())
-    if wrong:
-        what = f"{wrong} of {after.numel()} quantized logits are not finite"
-        return (_finding(what, 0, wrong),)
-    if torch.equal(before, after):
-        return (_finding(f"{recipe.name} changed no logit at all", "> 0", 0.0),)
-    bound = largest_error(recipe, products)
-    return _beyond(f"{recipe.name} moves the logits by", before, after, bound)
-
-
-def check_off(recipe: Recipe, products: int, before: torch.Tensor, off: torch.Tensor) -> tuple[Finding, ...]:
-    """A finding where the model with its quantizers off is not what it was before.
-
-    Bit for bit, except where the recipe folded scales into the weights (see LARGEST_FOLDING_ERROR).
+    ``inputs`` have longer tails. An upper bound where a scale comes from more numbers than it must.
     """
-    what = "with every quantizer off the logits differ by"
-    bound = LARGEST_FOLDING_ERROR * math.sqrt(products) if recipe.folds_scales else 0.0
-    if torch.equal(before, off):
-        return ()
-    if not recipe.folds_scales:
-        changed = int((before != off).sum()) if before.shape == off.shape else before.numel()
-        message = f"with every quantizer off {changed} of {before.numel()} logits are not what they were"
-        return (_finding(message, 0, changed),)
-    return _beyond(what, before, off, bound)
+    if isinstance(form.num_bits, int):
+        return _of_integers(form, inputs)
+    if form.num_bits == E2M1:
+        scale = form.scale_bits if isinstance(form.scale_bits, tuple) else E8M0
+        return _E2M1.get(scale, max(_E2M1.values()))
+    if isinstance(form.num_bits, str):
+        return _NO_LONGER_SIMILAR  # only its backend knows
+    if form.num_bits in _FLOATING:
+        return _FLOATING[form.num_bits]
+    return 0.212 * math.ldexp(1.0, -form.num_bits[1])
 
 
-def _beyond(what: str, before: torch.Tensor, after: torch.Tensor, bound: float) -> tuple[Finding, ...]:
-    error = relative_error(before, after)
-    if error is not None and error <= bound:
-        return ()
-    amount = "nothing comparable" if error is None else f"{error:.2g} of their size"
-    return (_finding(f"{what} {amount}, expected at most {bound:.2g}", f"<= {bound:.2g}", error),)
+def _of_integers(form: Format, inputs: bool) -> float:
+    assert isinstance(form.num_bits, int)
+    steps = (1 << (form.num_bits - 1)) - 1
+    size = math.prod(size for _, size in form.partial_blocks)
+    if form.partial_blocks:
+        largest = math.sqrt(2 * math.log(size))
+        # A power of two leaves up to half of the range unused.
+        largest *= math.sqrt(2) if form.scale_bits == E8M0 else 1
+    elif inputs:
+        largest = _LARGEST_IN_INPUTS
+    else:
+        per_row = form.axis is not None or bool(form.blocks)
+        largest = _LARGEST_IN_ROW if per_row else _LARGEST_IN_WEIGHTS
+    return largest / (steps * math.sqrt(12))
 
 
-def _finding(what: str, expected: Any, actual: Any) -> Finding:
-    return Finding("quantize", Severity.ERROR, what, expected=expected, actual=actual)
+def in_squares(errors: Sequence[float]) -> float:
+    return math.sqrt(sum(error * error for error in errors))
+
+
+def product_errors(recipe: Recipe, architecture: Architecture) -> tuple[float, ...]:
+    """The errors of the products, and of the reads of the cache, that a token passes one after the other.
+
+    Those that the recipe rounds, from embedding to output layer.
+    """
+    turns: dict[tuple[str, int], float] = {}
+    for layer, turn, error in _each(recipe, architecture):
+        if error:
+            turns[layer, turn] = max(turns.get((layer, turn), 0.0), error)
+    return tuple(turns.values())
+
+
+def _each(recipe: Recipe, architecture: Architecture) -> Iterator[tuple[str, int, float]]:
+    for name in parameters(architecture):
+        role, path = role_of(name), name.rpartition(".")[0]
+        if role not in _TURN or not name.endswith(".weight"):
+            continue
+        layer = path[: path.find(".", len("decoder.layers.")) + 1] if path.startswith("decoder.") else path
+        yield layer, _TURN[role], _of_matrix(recipe, path)
+        if role is Role.PROJ:
+            yield layer, len(Role), _of_cache(recipe, f"{path.rpartition('.')[0]}.core_attention")
+
+
+def _of_matrix(recipe: Recipe, path: str) -> float:
+    weights, inputs = recipe.formats_of(path, _WEIGHTS), recipe.formats_of(path, _INPUTS)
+    return in_squares([*map(rounding_error, weights), *(rounding_error(each, True) for each in inputs)])
+
+
+def _of_cache(recipe: Recipe, path: str) -> float:
+    # Values average as they are; an error of a query or a key moves a score of about one by as much.
+    return in_squares(
+        [rounding_error(each, True) for which in _CACHE for each in recipe.formats_of(path, which)]
+    )
+
+
+def largest_error(recipe: Recipe, architecture: Architecture) -> float:
+    """The bound on the relative error of the logits of such a model."""
+    return min(_MARGIN * in_squares(product_errors(recipe, architecture)), _NO_LONGER_SIMILAR)
+
+
+def largest_error_when_off(recipe: Recipe, architecture: Architecture) -> float:
+    """The same with every quantizer off: 0 unless the recipe leaves more than quantizers in the model."""
+    if any(algorithm.method in _REWRITING for algorithm in recipe.algorithms):
+        return largest_error(recipe, architecture)
+    errors = product_errors(recipe, architecture)
+    folding = LARGEST_FOLDING_ERROR if recipe.folds_scales else 0.0
+    rotating = LARGEST_ROTATION_ERROR * _rotations(recipe, architecture) ** 0.5
+    return in_squares([folding * math.sqrt(len(errors)), rotating])
+
+
+def _rotations(recipe: Recipe, architecture: Architecture) -> int:
+    """How many quantizers go on rotating what they no longer round."""
+    paths = [name.rpartition(".")[0] for name in parameters(architecture) if name.endswith(".weight")]
+    caches = {f"{path.rpartition('.')[0]}.core_attention" for path in paths if role_of(path) is Role.PROJ}
+    quantizers = [*((path, which) for path in paths for which in (_WEIGHTS, _INPUTS))]
+    quantizers += [(path, which) for path in caches for which in _CACHE]
+    return sum(any(form.rotate for form in recipe.formats_of(path, which)) for path, which in quantizers)

@@ -27,16 +27,18 @@ Routes = tuple[torch.Tensor, ...]
 
 
 class TokenCount:
-    """Counts what each expert sees in a forward pass, by module path.
+    """Counts what each expert sees in a forward pass, by module path, and the passes.
 
     ModelOpt's amax does not show it: an expert without tokens gets the amax of its neighbours.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.by_expert: Mapping[str, int] = {name: 0 for name, _ in experts(model)}
+        self.passes = 0
 
     def forward(self, model: nn.Module, tokens: torch.Tensor) -> None:
         # An algorithm may run this more than once; each pass has the same tokens.
+        self.passes += 1
         counts = dict.fromkeys(self.by_expert, 0)
         handles = [
             expert.register_forward_pre_hook(_counting(counts, name)) for name, expert in experts(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from harness.case import FIRST_RANKS, REAL, Case
+from harness.case import FIRST_RANKS, PROOFS, REAL, Case
 from harness.devices import rank_count
 from harness.errors import UnknownLayout, UsageError
 from harness.layout import Layout
@@ -33,6 +33,18 @@ def recipes_named(texts: Iterable[str]) -> tuple[Recipe, ...]:
     if any(name.lower() == "all" for name in names):
         return recipes()
     return tuple(dict.fromkeys(map(find_recipe, names or DEFAULT_RECIPES)))
+
+
+def proofs_named(texts: Iterable[str]) -> tuple[str, ...]:
+    """Proofs of these names, each text one, several with commas, or ``all``; in the order they are made.
+
+    Raises UsageError.
+    """
+    names = [name.strip().lower() for text in texts for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in (*PROOFS, "all"):
+            raise UsageError(f"no proof is called {name!r}; known: {', '.join(PROOFS)}, all")
+    return PROOFS if "all" in names else tuple(name for name in PROOFS if name in names)
 
 
 def layouts_named(texts: Iterable[str]) -> tuple[Layout, ...]:
@@ -70,10 +82,11 @@ def cases_of(
     device: str,
     tree: Path | None,
     ranks: str = FIRST_RANKS,
+    prove: tuple[str, ...] = (),
 ) -> tuple[Case, ...]:
     """Every case of these presets. ``tree`` is where a user finds them by name, None for the default."""
     return tuple(
-        Case(file.name, str(file.path), recipe.name, layout, device, _tree_of(file, tree), ranks)
+        Case(file.name, str(file.path), recipe.name, layout, device, _tree_of(file, tree), ranks, prove)
         for file in files
         for layout in layouts
         for recipe in recipes

@@ -79,12 +79,16 @@ def layout_of_plan(plan: ShrinkPlan, layout: Layout) -> Layout:
 
 
 class SmallModel:
-    """config, shrink, build, forward and quantize of one case."""
+    """config, shrink, build, forward and quantize of one case.
+
+    ``limit`` says whose limit it is that the model cannot be quantized, and is empty where it is none.
+    """
 
     def __init__(self, run: Run, case: Case, recipe: Recipe, full: Architecture | None) -> None:
         self.run, self.case, self.recipe, self.full = run, case, recipe, full
         self.plan: ShrinkPlan | None = None
         self.stand_ins: tuple[StandInReport, ...] = ()
+        self.limit = ""
         self.log = ""
         self.quantize_log = ""
 
@@ -104,6 +108,7 @@ class SmallModel:
                 self._config(device)
                 self.plan = shrink_stage(self.run, self.full, self.case.layout)
                 self._in_world(device)
+                self._ask_control(device)
             finally:
                 self.log = log.getvalue() + self.quantize_log
 
@@ -135,7 +140,7 @@ class SmallModel:
 
         small, layout = self.plan.after, layout_of_plan(self.plan, self.case.layout)
         length = sequence_length(small, layout)
-        job = Job(small, self.recipe, layout, Rank(0), torch.bfloat16, length)
+        job = Job(small, self.recipe, layout, Rank(0), torch.bfloat16, length, prove=self.case.prove)
         if self.case.ranks == REAL and layout.world_size > 1:
             from harness.real_ranks import compare_ranks
 
@@ -155,3 +160,15 @@ class SmallModel:
                 self.quantize_log += outputs.log
         finally:
             self.run.add(parts, layout)
+
+    def _ask_control(self, device: torch.device) -> None:
+        """Where ModelOpt raised: whether that is its limit, so that no preset is at fault."""
+        raised = self.run.raised.get("quantize")
+        if self.plan is None or raised is None or raised.owner is None:
+            return
+        from harness.control import ask
+
+        answer = ask(self.plan.after, self.recipe, device, raised)
+        if answer.same:
+            self.limit = "\n".join(filter(None, (f"{raised.text}; {answer.text}", raised.rest)))
+            self.run.unsupported("quantize")

@@ -5,17 +5,23 @@ What Megatron or ModelOpt raises is a finding of its stage; an exception of the 
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
+from typing import TYPE_CHECKING
 
-from harness.case import STAGES, Outcome, StageReport
+from harness.case import STAGES, Check, Outcome, StageReport
 from harness.errors import UnsupportedModel, UsageError
 from harness.finding import Finding, Severity, has_errors
 from harness.layout import Layout
+from harness.layout_rules import Owner
+
+if TYPE_CHECKING:
+    from harness.proofs.proof import Proof
 
 # The stages without whose result each stage has nothing to work on.
 NEEDS: Mapping[str, tuple[str, ...]] = {
@@ -30,6 +36,65 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """What Megatron or ModelOpt raised: its type, its text, where, and whose code it was.
+
+    ``owner`` is None where it came out of the harness's own code, which then is at fault.
+    """
+
+    kind: str
+    words: str
+    where: str
+    owner: Owner | None
+
+    @classmethod
+    def of(cls, error: Exception) -> Raised:
+        frames = traceback.extract_tb(error.__traceback__)
+        last = next((frame for frame in reversed(frames) if _owner(frame.filename) != "torch"), None)
+        where = f" (in {Path(last.filename).name}:{last.lineno}, {last.name})" if last else ""
+        owners = [_owner(frame.filename) for frame in frames]
+        # torch raises for whoever called it.
+        owner = next((owner for owner in reversed(owners) if owner != "torch"), "harness")
+        return cls(type(error).__name__, str(error), where, Owner(owner) if owner in set(Owner) else None)
+
+    @property
+    def actual(self) -> str:
+        return f"{self.kind}: {self.words}"
+
+    @property
+    def text(self) -> str:
+        """``ModelOpt: TypeError: can only concatenate ... (in quant_linear.py:160, forward)``."""
+        owner = f"{self.owner}: " if self.owner else ""
+        first, *_ = self.words.splitlines() or [""]
+        return f"{owner}{self.kind}: {first}{self.where}"
+
+    @property
+    def rest(self) -> str:
+        """The words after the first line, where there are more."""
+        return "\n".join(self.words.splitlines()[1:])
+
+    def finding(self, stage: str) -> Finding:
+        message = f"raised {self.kind}: {self.words}{self.where}"
+        return Finding(stage, Severity.ERROR, message, actual=self.actual)
+
+    def same_as(self, other: Raised) -> bool:
+        """Whether both are one limit: the same type and the same words, whatever the numbers in them."""
+        return self.kind == other.kind and _without_numbers(self.words) == _without_numbers(other.words)
+
+
+def _without_numbers(words: str) -> str:
+    return re.sub(r"\d+", "#", words)
+
+
+def _owner(file: str) -> str:
+    parts = Path(file).parts
+    for package, owner in (("modelopt", Owner.MODELOPT), ("megatron", Owner.MEGATRON)):
+        if package in parts:
+            return owner
+    return "harness" if Path(__file__).parent in Path(file).parents else "torch"
+
+
 @dataclass
 class Run:
     """One case while its stages run; becomes a CaseReport at the end."""
@@ -37,6 +102,7 @@ class Run:
     stages: list[StageReport] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     blocked: set[str] = field(default_factory=set)
+    raised: dict[str, Raised] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
@@ -46,10 +112,21 @@ class Run:
         yield stage
         self.findings.extend(stage.findings)
         outcome = Outcome.FAILED if has_errors(stage.findings) else Outcome.PASSED
-        report = StageReport(name, outcome, perf_counter() - start, stage.detail)
+        report = StageReport(name, outcome, perf_counter() - start, stage.detail, tuple(stage.checks))
         self.stages = merged([*self.stages, report])
+        if stage.raised is not None:
+            self.raised[name] = stage.raised
         if not stage.usable:
             self.blocked.add(name)
+
+    def unsupported(self, name: str) -> None:
+        """Take back what was raised in a stage: it is no fault of the preset, and says so."""
+        raised = self.raised.pop(name)
+        self.findings = [finding for finding in self.findings if finding.actual != raised.actual]
+        self.stages = [
+            replace(stage, outcome=Outcome.UNSUPPORTED, detail=raised.text) if stage.name == name else stage
+            for stage in self.stages
+        ]
 
     def can(self, name: str) -> bool:
         """Whether ``name`` can run; where it cannot, it is reported as skipped, with the reason."""
@@ -80,6 +157,7 @@ class Run:
                 max((report.outcome for report in reports.values()), key=_FROM_GOOD_TO_BAD.index),
                 max(seconds) if at_once else sum(seconds),
                 "; ".join(f"{ranks_text(numbers, layout)}: {detail}" for detail, numbers in details),
+                _checks_of_ranks(reports, layout),
             )
             self.stages = merged([*self.stages, joined])
         found = [(number, finding) for number, part in parts.items() for finding in part.findings]
@@ -88,6 +166,18 @@ class Run:
             self.findings.append(replace(finding, message=message))
         for part in parts.values():
             self.blocked |= part.blocked
+            self.raised = part.raised | self.raised
+
+
+def _checks_of_ranks(reports: Mapping[int, StageReport], layout: Layout) -> tuple[Check, ...]:
+    """Each check once, with the worst outcome of all ranks and what each of them said."""
+    said = [(number, check) for number, report in reports.items() for check in report.checks]
+    names = list(dict.fromkeys(check.name for _, check in said))
+    said.sort(key=lambda pair: names.index(pair[1].name))
+    return _merged_checks(
+        replace(check, detail=f"{ranks_text(numbers, layout)}: {check.detail}")
+        for check, numbers in _grouped(said, lambda check: check)
+    )
 
 
 def ranks_text(numbers: Sequence[int], layout: Layout) -> str:
@@ -133,6 +223,14 @@ class Stage:
     findings: list[Finding] = field(default_factory=list)
     detail: str = ""
     usable: bool = True
+    checks: list[Check] = field(default_factory=list)
+    raised: Raised | None = None
+
+    def proved(self, proof: Proof) -> None:
+        """Take over a named check: its findings, its outcome and what it looked at."""
+        self.findings.extend(replace(finding, check=proof.name) for finding in proof.findings)
+        detail = f"{proof.owner}: {proof.limit} ({proof.detail})" if proof.limit else proof.detail
+        self.checks.append(Check(proof.name, Outcome(str(proof.outcome)), detail))
 
     @contextmanager
     def foreign(self) -> Iterator[None]:
@@ -142,7 +240,8 @@ class Stage:
         except (UsageError, UnsupportedModel):
             raise
         except Exception as error:
-            self.findings.append(_raised(self.name, error))
+            self.raised = Raised.of(error)
+            self.findings.append(self.raised.finding(self.name))
             self.usable = False
 
 
@@ -159,16 +258,19 @@ def merged(stages: Sequence[StageReport]) -> list[StageReport]:
             max(before.outcome, stage.outcome, key=_FROM_GOOD_TO_BAD.index),
             before.seconds + stage.seconds,
             "; ".join(filter(None, (before.detail, stage.detail))),
+            _merged_checks((*before.checks, *stage.checks)),
         )
     return [found[name] for name in STAGES if name in found]
 
 
-_FROM_GOOD_TO_BAD = (Outcome.PASSED, Outcome.SKIPPED, Outcome.FAILED)
+def _merged_checks(checks: Iterable[Check]) -> tuple[Check, ...]:
+    """Each named check once: the worst outcome, what was seen in a row."""
+    found: dict[str, Check] = {}
+    for check in checks:
+        before = found.get(check.name, Check(check.name, Outcome.PASSED))
+        worst = max(before.outcome, check.outcome, key=_FROM_GOOD_TO_BAD.index)
+        found[check.name] = Check(check.name, worst, "; ".join(filter(None, (before.detail, check.detail))))
+    return tuple(found.values())
 
 
-def _raised(stage: str, error: Exception) -> Finding:
-    """What Megatron or ModelOpt raised, its type and text kept, and where."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" (in {Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].name})" if frames else ""
-    kind = type(error).__name__
-    return Finding(stage, Severity.ERROR, f"raised {kind}: {error}{where}", actual=f"{kind}: {error}")
+_FROM_GOOD_TO_BAD = (Outcome.PASSED, Outcome.UNSUPPORTED, Outcome.SKIPPED, Outcome.FAILED)

@@ -23,6 +23,7 @@ from harness.case import Case, CaseReport, Outcome, StageReport
 from harness.errors import ReportError, UsageError
 from harness.finding import Finding, Severity
 from harness.layout import Layout
+from harness.recipes import recipes
 from harness.report import read_report, to_json, write_report
 
 ROOT = Path(__file__).parent.parent
@@ -320,7 +321,7 @@ def test_check_runs_every_preset_by_the_default_recipes(
     [
         (["--recipe", "nvfp4", "--recipe", "FP8_DEFAULT_CFG"], ["nvfp4", "fp8"]),
         (["--recipe", "nvfp4,fp8,nvfp4"], ["nvfp4", "fp8"]),
-        (["--recipe", "all"], ["fp8", "int8_smoothquant", "int4_awq", "w4a8_awq_beta", "nvfp4"]),
+        (["--recipe", "all"], [recipe.name for recipe in recipes()]),
     ],
     ids=["repeated", "commas", "all"],
 )
@@ -329,6 +330,29 @@ def test_recipes(
 ) -> None:
     invoke("check", "Qwen3-0.6B", "--presets", tree, "--device", "cpu", *options)
     assert [case.recipe for case in faked] == recipes
+
+
+@pytest.mark.parametrize(
+    ("options", "prove"),
+    [
+        ([], ()),
+        (["--prove", "weights", "--prove", "state"], ("state", "weights")),
+        (["--prove", "state,backward,state"], ("state", "backward")),
+        (["--prove", "all"], ("state", "weights", "backward")),
+    ],
+    ids=["none", "repeated", "commas", "all"],
+)
+def test_what_is_to_be_proved(
+    invoke: Invoke, tree: Path, faked: list[Case], options: list[str], prove: tuple[str, ...]
+) -> None:
+    invoke("check", "Qwen3-0.6B", "--presets", tree, "--device", "cpu", "--recipe", "fp8", *options)
+    assert [case.prove for case in faked] == [prove]
+
+
+def test_an_unknown_proof_is_wrong_usage(invoke: Invoke, tree: Path, faked: list[Case]) -> None:
+    result = invoke("check", "Qwen3-0.6B", "--presets", tree, "--device", "cpu", "--prove", "it")
+    assert (result.code, faked) == (2, [])
+    assert "no proof is called 'it'; known: state, weights, backward, all" in result.err
 
 
 def test_a_layout_that_cannot_be_run_is_refused_before_anything_starts(

@@ -293,7 +293,7 @@ def verdict(model: Architecture, layout: Layout) -> dict[str, Any]:
     ]
     blocks = {
         recipe.name: [
-            (misfit.inputs.factors, misfit.inputs.matrices, misfit.block, misfit.consequence)
+            (misfit.dimension.factors, misfit.dimension.matrices, misfit.block, misfit.consequence)
             for misfit in misfits(model, layout, recipe)
         ]
         for recipe in RECIPES

@@ -217,9 +217,9 @@ def test_real_ranks_are_one_case_like_any_other() -> None:
 # Layouts that cannot be
 
 
-def test_a_layout_that_cannot_be_for_a_model_is_skipped_with_the_reason() -> None:
+def test_a_layout_that_cannot_be_for_a_model_is_unsupported_with_the_reason() -> None:
     report = run(DENSE, "ep2")
-    assert report.outcome is Outcome.SKIPPED
+    assert report.outcome is Outcome.UNSUPPORTED
     assert report.reason == (
         "layout tp1,ep2 cannot be for this model: Megatron: ep2 needs experts, and the model has none"
     )

@@ -11,13 +11,13 @@ from harness.layout import Layout
 from harness.layout_rules import Owner
 from harness.proofs.backward import forward_with_graph, prove_backward
 from harness.proofs.proof import Outcome, Proof
-from harness.quantize import expected_matrices
+from harness.proofs.quantizers import expected_matrices
+from harness.recipes import find_recipe
 from harness.standins import installed
 from harness.standins.output import captured
 from harness.trace import forward, token_ids
 from harness.world import open_world
 
-import modelopt.torch.quantization as mtq  # isort: skip
 from modelopt.torch.quantization import tensor_quant  # isort: skip
 
 QKV, FC1 = "decoder.layers.0.self_attention.linear_qkv", "decoder.layers.1.mlp.linear_fc1"
@@ -34,7 +34,7 @@ def world() -> Iterator[None]:
 
 def prove(model: Any, config: str = "FP8_DEFAULT_CFG", tokens: torch.Tensor = TOKENS, **more: Any) -> Proof:
     with captured():
-        return prove_backward(model, expected_matrices(model, getattr(mtq, config)), tokens, **more)
+        return prove_backward(model, expected_matrices(model, find_recipe(config)), tokens, **more)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def model() -> Any:
 @pytest.mark.parametrize("name", KINDS)
 def test_every_matrix_gets_a_gradient(name: str, config: str) -> None:
     case = quantized(name, config)
-    count = len(expected_matrices(case.model, getattr(mtq, config)))
+    count = len(expected_matrices(case.model, find_recipe(config)))
     proof = prove(case.model, config)
     assert (proof.name, proof.findings, proof.outcome) == ("backward", (), Outcome.PASSED)
     assert proof.detail == f"{count + 1} weights have a gradient, the embedding among them"

@@ -35,6 +35,8 @@ def check(case):
         time.sleep(60)
     if case.recipe == "int4_awq":
         return CaseReport(case, Outcome.SKIPPED, 0.0, reason="no kernel for it here")
+    if case.recipe == "mxfp8":
+        return CaseReport(case, Outcome.UNSUPPORTED, 0.0, reason=f"ModelOpt: no {','.join(case.prove)}")
     if case.recipe == "int8_smoothquant":
         return CaseReport(case, Outcome.ERROR, 0.0, reason="the harness failed: KeyError: 'x'")
     if case.recipe == "w4a8_awq_beta":
@@ -223,9 +225,10 @@ def test_nothing_to_run_is_never_a_pass(
         (["--layout", "tp"], "layout 'tp': 'tp' is not a size"),
         (["--layout", "cp2"], "context parallelism needs Transformer Engine's attention"),
         (["--layout", "tp2", "--ranks", "5"], "numbers below 2 for layout tp2"),
+        (["--prove", "nothing"], "no proof is called 'nothing'; known: state, weights, backward, all"),
         (["--device", "cuda:77"], "device cuda:77 is not on this machine"),
     ],
-    ids=["recipe", "layout", "layout that cannot be run", "ranks", "device"],
+    ids=["recipe", "layout", "layout that cannot be run", "ranks", "prove", "device"],
 )
 def test_wrong_options_are_wrong_usage(tree: pytest.Pytester, options: list[str], message: str) -> None:
     result = run(tree, "presets", *options)
@@ -263,6 +266,14 @@ def test_outcomes_messages_and_the_summary(tree: pytest.Pytester, workers: tuple
         assert text.count(f"Qwen/{preset}  --ffn-hidden-size {warning}") == 1
     assert text.count("TE RMSNorm: torch. Transformer Engine is not installed.") == 1
     result.stdout.fnmatch_lines(["*= warnings in presets =*", "*= stand-ins on this machine =*"])
+
+
+def test_what_is_unsupported_is_a_skip_that_says_so(tree: pytest.Pytester) -> None:
+    options = ("--recipe", "mxfp8,fp8", "--prove", "weights,state")
+    result = run(tree, "presets/Qwen/Qwen3-0.6B.sh", "-rs", *options)
+    result.assert_outcomes(passed=1, skipped=1)
+    assert result.ret == pytest.ExitCode.OK
+    result.stdout.fnmatch_lines(["SKIPPED * unsupported: ModelOpt: no state,weights"])
 
 
 def test_a_fault_of_the_harness_fails_the_case(tree: pytest.Pytester) -> None:

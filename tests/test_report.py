@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from harness import messages, report
-from harness.case import Case, CaseReport, Outcome, ShrinkReport, StageReport, StandInReport
+from harness.case import Case, CaseReport, Check, Outcome, ShrinkReport, StageReport, StandInReport
 from harness.errors import ReportError
 from harness.finding import Finding, Severity
 from harness.layout import Layout
@@ -59,11 +59,26 @@ PASSED = CaseReport(
     replace(CASE, recipe="nvfp4"),
     Outcome.PASSED,
     0.5,
-    stages=(StageReport("quantize", Outcome.PASSED, 0.4, "8 matrices, 16 quantizers"),),
+    stages=(
+        StageReport(
+            "quantize",
+            Outcome.PASSED,
+            0.4,
+            "8 matrices, 16 quantizers",
+            (Check("coverage", Outcome.PASSED, "all"), Check("weights", Outcome.UNSUPPORTED, "ModelOpt: no")),
+        ),
+    ),
     findings=(PADDED,),
     stand_ins=(NORM,),
 )
 SKIPPED = CaseReport(replace(CASE, recipe="mxfp8"), Outcome.SKIPPED, 0.0, reason="no kernel for it here")
+UNSUPPORTED = CaseReport(
+    replace(CASE, recipe="nvfp4_svdquant", prove=("state", "weights")),
+    Outcome.UNSUPPORTED,
+    0.7,
+    stages=(StageReport("quantize", Outcome.UNSUPPORTED, 0.2, "ModelOpt: TypeError: no"),),
+    reason="ModelOpt: TypeError: no; a model of plain sizes raises the same\nand more words",
+)
 BROKEN = CaseReport(
     replace(CASE, recipe="int4_awq"),
     Outcome.ERROR,
@@ -71,7 +86,7 @@ BROKEN = CaseReport(
     reason="the harness failed: KeyError: 'x'",
     log="Traceback (most recent call last):\nKeyError: 'x'\n",
 )
-ALL = (FAILED, PASSED, SKIPPED, BROKEN)
+ALL = (FAILED, PASSED, SKIPPED, UNSUPPORTED, BROKEN)
 
 
 # ---- JSON ----
@@ -202,8 +217,21 @@ def test_a_place_that_cannot_hold_a_report_says_why(tmp_path: Path, where: str, 
         ([FAILED, BROKEN], 2),
         ([], 2),
         ([SKIPPED], 2),
+        ([PASSED, UNSUPPORTED], 0),
+        ([UNSUPPORTED], 2),
+        ([FAILED, UNSUPPORTED], 1),
     ],
-    ids=["passed", "passed-skipped", "failed", "error", "nothing", "only-skipped"],
+    ids=[
+        "passed",
+        "passed-skipped",
+        "failed",
+        "error",
+        "nothing",
+        "only-skipped",
+        "passed-unsupported",
+        "only-unsupported",
+        "failed-unsupported",
+    ],
 )
 def test_exit_codes(reports: list[CaseReport], code: int) -> None:
     assert report.exit_code(reports) == code
@@ -288,12 +316,15 @@ def test_an_error_that_a_later_stage_repeats_without_a_place_appears_once() -> N
 
 def test_the_whole_text_when_piped() -> None:
     failure = "layers.0.self_attention.linear_qkv  weight is 1280 x 128, expected 1024 x 128 (and 1 more)"
+    limit = "ModelOpt: TypeError: no; a model of plain sizes raises the same"
+    fault = "the harness failed: KeyError: 'x'"
     assert messages.full_text(ALL, None, 5.0).splitlines() == [
-        "preset         recipe    layout  device  outcome  seconds  what",
-        f"Qwen/Qwen3-8B  fp8       tp1     cpu     failed       1.2  {failure}",
-        "Qwen/Qwen3-8B  nvfp4     tp1     cpu     passed       0.5  8 matrices, 16 quantizers",
-        "Qwen/Qwen3-8B  mxfp8     tp1     cpu     skipped      0.0  no kernel for it here",
-        "Qwen/Qwen3-8B  int4_awq  tp1     cpu     error        3.0  the harness failed: KeyError: 'x'",
+        "preset         recipe          layout  device  outcome      seconds  what",
+        f"Qwen/Qwen3-8B  fp8             tp1     cpu     failed           1.2  {failure}",
+        "Qwen/Qwen3-8B  nvfp4           tp1     cpu     passed           0.5  8 matrices, 16 quantizers",
+        "Qwen/Qwen3-8B  mxfp8           tp1     cpu     skipped          0.0  no kernel for it here",
+        f"Qwen/Qwen3-8B  nvfp4_svdquant  tp1     cpu     unsupported      0.7  {limit}",
+        f"Qwen/Qwen3-8B  int4_awq        tp1     cpu     error            3.0  {fault}",
         "",
         *messages.failure_text(FAILED).splitlines(),
         "",
@@ -302,13 +333,18 @@ def test_the_whole_text_when_piped() -> None:
         "skipped",
         "  Qwen/Qwen3-8B-mxfp8-tp1-cpu  skipped: no kernel for it here",
         "",
+        "unsupported",
+        f"  {limit}",
+        "  and more words",
+        "    Qwen/Qwen3-8B-nvfp4_svdquant-tp1-cpu",
+        "",
         "warnings",
         "  Qwen/Qwen3-8B  --ffn-hidden-size (presets/Qwen/Qwen3-8B.sh:18): linear_fc2 takes 896 inputs",
         "",
         "stand-ins on this machine",
         "  TE RMSNorm: torch. Transformer Engine is not installed.",
         "",
-        "4 cases: 1 passed, 1 failed, 1 skipped, 1 error in 5.0 s",
+        "5 cases: 1 passed, 1 failed, 1 skipped, 1 unsupported, 1 error in 5.0 s",
     ]
 
 
@@ -328,4 +364,25 @@ def test_at_80_columns_what_went_wrong_stands_below() -> None:
         "Qwen/Qwen3-8B  nvfp4   tp1     cpu     passed       0.5",
         "Qwen/Qwen3-8B  mxfp8   tp1     cpu     skipped      0.0",
         "    no kernel for it here",
+    ]
+
+
+def test_a_case_that_proves_more_says_so_in_its_document_and_command() -> None:
+    (result,) = report.to_json([UNSUPPORTED])["results"]
+    assert result["prove"] == ["state", "weights"]
+    assert result["repro"].endswith("--device cpu --prove state,weights")
+    (passed,) = report.to_json([PASSED])["results"]
+    assert passed["stages"][0]["checks"][1] == {
+        "name": "weights",
+        "outcome": "unsupported",
+        "detail": "ModelOpt: no",
+    }
+
+
+def test_the_checks_of_a_stage_stand_below_it() -> None:
+    assert messages.stages_text(PASSED).splitlines() == [
+        "stage       outcome      seconds  what",
+        "quantize    passed          0.40  8 matrices, 16 quantizers",
+        "  coverage  passed                all",
+        "  weights   unsupported           ModelOpt: no",
     ]

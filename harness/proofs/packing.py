@@ -58,8 +58,9 @@ def weight_format(config: Mapping[str, Any], matrix: str) -> WeightFormat | None
     Of formats in a row the first: it is the one that the numbers are stored in. The last entry that fits
     decides; one without a format switches the one before on or off.
     """
-    found: Mapping[str, Any] | None = None
-    on = False
+    # What no entry matches ModelOpt leaves on, int8 with a scale a row.
+    found: Mapping[str, Any] = {"num_bits": 8, "axis": 0}
+    on = True
     for entry in config["quant_cfg"]:
         if "parent_class" in entry or not fnmatchcase(f"{matrix}.weight_quantizer", entry["quantizer_name"]):
             continue
@@ -67,7 +68,7 @@ def weight_format(config: Mapping[str, Any], matrix: str) -> WeightFormat | None
         if settings is not None:
             found = settings[0] if isinstance(settings, list) else settings
         on = entry.get("enable", True)
-    return _format(found) if on and found is not None else None
+    return _format(found) if on else None
 
 
 def _format(settings: Mapping[str, Any]) -> WeightFormat:

@@ -33,7 +33,7 @@ from modelopt.torch.opt.plugins.mcore_dist_checkpointing import remove_per_modul
 from modelopt.torch.quantization.nn import TensorQuantizer  # noqa: E402
 from modelopt.torch.utils import safe_load  # noqa: E402
 
-NAME, NAME_SHARDED = "state", "sharded state"
+NAME, NAME_SHARDED, NAME_SHARDING = "state", "sharded state", "sharding"
 
 # What a quantizer notes down and does not go by: a type of input it saw, shapes it was last restored to.
 _NOTES = {"_input_dtype", "_pytorch_state_metadata"}
@@ -114,19 +114,23 @@ def prove_sharding(model: nn.Module) -> Proof:
     It looks at no numbers of other ranks, so that they may be simulated. Unsupported as
     ``prove_sharded_state``.
     """
-    entries, closed = _sharded_or_limit(model)
+    entries, closed = _sharded_or_limit(model, NAME_SHARDING)
     if closed:
         return closed
     count = sum("_quantizer." in name for name in entries)
-    return judged(NAME_SHARDED, check_sharding(model, entries), f"{count} scales are split as their matrices")
+    detail = f"{count} scales are split as their matrices"
+    found = [*check_sharding(model, entries)]
+    # What matters to those who load a checkpoint on another layout is no one's concern who loads none.
+    notes = [each.message for each in found if not each.is_error]
+    return judged(NAME_SHARDING, [each for each in found if each.is_error], "; ".join([detail, *notes]))
 
 
-def _sharded_or_limit(model: nn.Module) -> tuple[dict[str, Any], Proof | None]:
+def _sharded_or_limit(model: nn.Module, name: str = NAME_SHARDED) -> tuple[dict[str, Any], Proof | None]:
     try:
         return sharded(model), None
     except Exception as error:
         words = f"{_unsharded(model)} has no sharded state dict"
-        return {}, unsupported(NAME_SHARDED, _owner(error), said(error), words)
+        return {}, unsupported(name, _owner(error), said(error), words)
 
 
 def _prove(

@@ -1,0 +1,265 @@
+"""Coverage: a quantized model -> what the recipe meant to quantize and what ModelOpt did, role by role.
+
+What there is to quantize comes from the inventory, by arithmetic, and what should become of it from the
+recipe's own entries: the model is only asked which of its quantizers are on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from harness.finding import Finding, Severity
+from harness.inventory import Shape, parameters
+from harness.proofs.patterns import idle, misspelt, words
+from harness.proofs.proof import Proof, finding, judged
+from harness.rank import Rank
+from harness.recipes import Recipe
+from harness.roles import Role, role_of
+from harness.sharding import rank_parameters
+from harness.standins.output import import_foreign
+
+import_foreign()
+
+from modelopt.torch.quantization.nn import TensorQuantizer  # noqa: E402
+
+if TYPE_CHECKING:
+    from harness.architecture import Architecture
+    from harness.layout import Layout
+
+# The quantizers of a matrix, and of the core of attention; in the words of the detail line.
+_OF_MATRIX = {"weight": "weights", "input": "inputs", "output": "outputs"}
+_OF_CORE = {"q_bmm": "queries", "k_bmm": "keys", "v_bmm": "values"}
+_WORDS = _OF_MATRIX | _OF_CORE
+
+# Which stages of a quantizer are on, one after the other; a single one where it is no container.
+Stages = tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A module that could be quantized: its path, its role, and how many numbers its matrix holds."""
+
+    path: str
+    role: Role
+    numbers: int
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """Its quantizers, ``weight`` and so on; none where ModelOpt has no form of its class."""
+        if not self.role.convertible:
+            return ()
+        return tuple(_OF_CORE if self.role is Role.KV else _OF_MATRIX)
+
+    @property
+    def quantizers(self) -> tuple[str, ...]:
+        return tuple(f"{self.path}.{side}_quantizer" for side in self.sides)
+
+    def meant(self, recipe: Recipe, side: str) -> Stages:
+        """Which stages of a quantizer the recipe leaves on."""
+        made = recipe.quantizer(self.path, side, self.role.parent_class)
+        return tuple(enabled for _, enabled in made.stages)
+
+
+def prove_coverage(
+    model: nn.Module, recipe: Recipe, architecture: Architecture, layout: Layout, rank: Rank | None = None
+) -> Proof:
+    """Prove that exactly what ``recipe`` means of this rank is quantized, and say what that is.
+
+    ``architecture`` is the model's own, ``rank`` the one of ``layout`` that ``model`` is of, by default the
+    first. Errors: a quantizer that is off and should be on, or the other way round, at its module; an entry
+    of the recipe that turns on nothing, though one edit away it would. Warnings: matrices that the recipe
+    means and ModelOpt has no quantized form of. Raises UnevenSplit or UnevenStages for a rank that cannot be.
+    """
+    rank = rank or Rank(0)
+    shapes = rank_parameters(architecture, layout, rank)
+    own = parts(architecture, layout, shapes, last=rank.pp == layout.pp - 1)
+    every = parts(architecture, layout, parameters(architecture), last=True)
+    actual = enabled(model)
+    findings = [
+        *_misspelt(recipe, every, actual),
+        *_deviations(recipe, own, actual),
+        *_without_a_form(recipe, own),
+    ]
+    return judged("coverage", findings, _detail(recipe, own, every, actual, shapes, architecture, layout))
+
+
+def parts(
+    architecture: Architecture, layout: Layout, shapes: Mapping[str, Shape], last: bool
+) -> tuple[Part, ...]:
+    """Every module of a rank, or of the whole model, with a matrix or a cache, by the inventory's names.
+
+    ``last``: it has the output layer, be its matrix the embedding's.
+    """
+    found: dict[str, Part] = {}
+    for name, shape in shapes.items():
+        path, _, what = name.rpartition(".")
+        role = role_of(path)
+        if what != "weight" or len(shape) < 2 or role is None:
+            continue
+        found[path] = Part(path, role, prod(shape))
+        # Delta nets and Mamba mixers have no output projection of that name: only attention has a core.
+        if role is Role.PROJ and _has_cache_quantizers(architecture, layout):
+            core = path.removesuffix("linear_proj") + "core_attention"
+            found[core] = Part(core, Role.KV, 0)
+    output = found.pop("output_layer", Part("output_layer", Role.OUTPUT, 0))
+    if last:
+        found[output.path] = output
+    return tuple(found.values())
+
+
+def _has_cache_quantizers(architecture: Architecture, layout: Layout) -> bool:
+    """Whether attention's core is of Transformer Engine's class, of which alone ModelOpt has a form.
+
+    A hybrid model's always is; context parallelism needs it, too.
+    """
+    local = bool(architecture.arguments["export_force_local_attention"])
+    return architecture.hybrid or layout.cp > 1 or not local
+
+
+def enabled(model: nn.Module) -> dict[str, Stages]:
+    """Every quantizer of ``model`` by path, containers as one, and which of its stages are on."""
+    found: dict[str, list[bool]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, TensorQuantizer):
+            place, attribute = placed(path)
+            found.setdefault(f"{place}.{attribute}", []).append(bool(module.is_enabled))
+    return {path: tuple(stages) for path, stages in found.items()}
+
+
+def placed(quantizer: str) -> tuple[str, str]:
+    """Module path and attribute of a quantizer's path; a container's member counts as the container."""
+    names = quantizer.split(".")
+    index = next(index for index, name in enumerate(names) if name.endswith("_quantizer"))
+    return ".".join(names[:index]), names[index]
+
+
+# ---- what is wrong ----
+
+
+def _misspelt(recipe: Recipe, every: Sequence[Part], actual: Iterable[str]) -> Iterator[Finding]:
+    names = dict.fromkeys([name for part in every for name in part.quantizers])
+    for found in misspelt(recipe, names | dict.fromkeys(actual)):
+        module, _ = placed(found.quantizer)
+        where = f"{found.entry.place}: " if found.entry.place else ""
+        what = f"{where}pattern {found.entry.pattern!r} of {recipe.name} matches nothing, "
+        what += f"though the model has such modules; {found.meant!r} would match"
+        yield finding(module, what, found.meant, found.entry.pattern)
+
+
+def _deviations(recipe: Recipe, own: Sequence[Part], actual: Mapping[str, Stages]) -> Iterator[Finding]:
+    known = set()
+    for part in own:
+        for side in part.sides:
+            name = f"{part.path}.{side}_quantizer"
+            known.add(name)
+            yield from _deviation(recipe, name, part.meant(recipe, side), actual.get(name))
+    for name, stages in actual.items():
+        if name not in known and any(stages):
+            module, attribute = placed(name)
+            made = recipe.quantizer(module, attribute)
+            yield from _deviation(recipe, name, tuple(on for _, on in made.stages), stages)
+
+
+def _deviation(recipe: Recipe, name: str, meant: Stages, actual: Stages | None) -> Iterator[Finding]:
+    module, attribute = placed(name)
+    expected, there = _said(meant), "missing" if actual is None else _said(actual)
+    if expected == there or (actual is None and not any(meant)):
+        return
+    yield finding(module, f"{attribute} is {there}, {recipe.name} means it {expected}", expected, there)
+
+
+def _said(stages: Stages) -> str:
+    """``on``, ``off``, or stage by stage where they differ or are several."""
+    if not any(stages):
+        return "off"
+    if stages == (True,):
+        return "on"
+    return ", then ".join("on" if stage else "off" for stage in stages)
+
+
+def _without_a_form(recipe: Recipe, own: Sequence[Part]) -> Iterator[Finding]:
+    """One warning for all matrices in the layers that are meant and stay as they are."""
+    meant = [
+        part
+        for part in own
+        if not part.role.convertible and part.role is not Role.EMBEDDING and any(part.meant(recipe, "weight"))
+    ]
+    if meant:
+        roles = ", ".join(dict.fromkeys(part.role for part in meant))
+        what = f"stays in bf16, one of {len(meant)} such matrices ({roles}): ModelOpt has no quantized form "
+        what += f"of the class that Megatron makes them of, though {recipe.name} means them"
+        yield finding(meant[0].path, what, "on", "off", severity=Severity.WARNING)
+
+
+# ---- what is there ----
+
+
+def _detail(
+    recipe: Recipe,
+    own: Sequence[Part],
+    every: Sequence[Part],
+    actual: Mapping[str, Stages],
+    shapes: Mapping[str, Shape],
+    architecture: Architecture,
+    layout: Layout,
+) -> str:
+    """``weights and inputs of qkv, proj 2 of 2; router, output off; 97.1 % of parameters``."""
+    on = [
+        (part, tuple(side for side in part.sides if any(actual.get(f"{part.path}.{side}_quantizer", ()))))
+        for part in own
+    ]
+    said = [*_by_role(on)]
+    quantized = sum(part.numbers for part, sides in on if "weight" in sides)
+    share = _percent(quantized, sum(map(prod, shapes.values())))
+    if layout.world_size > 1:
+        meant = sum(
+            part.numbers for part in every if "weight" in part.sides and any(part.meant(recipe, "weight"))
+        )
+        whole = _percent(meant, sum(map(prod, parameters(architecture).values())))
+        said.append(f"{share} of the rank's parameters, {whole} of the model's")
+    else:
+        said.append(f"{share} of parameters")
+    names = dict.fromkeys([name for part in every for name in part.quantizers] + list(actual))
+    nothing = dict.fromkeys(_spoken(entry.pattern) for entry in idle(recipe, names))
+    if nothing:
+        said.append(f"nothing here is called {', '.join(nothing)}")
+    return "; ".join(said)
+
+
+def _by_role(on: Sequence[tuple[Part, tuple[str, ...]]]) -> Iterator[str]:
+    """What is on, then what is off, then what ModelOpt has no form of; each in the order of the roles."""
+    off: list[Role] = []
+    formless: list[Role] = []
+    # What is on -> how many of how many -> of which roles.
+    counts: dict[str, dict[str, list[Role]]] = {}
+    for role in Role:
+        mine = [sides for part, sides in on if part.role is role]
+        if mine and not role.convertible:
+            formless.append(role)
+        elif mine and not any(mine):
+            off.append(role)
+        for sides in dict.fromkeys(filter(None, mine)):
+            what = " and ".join(_WORDS[side] for side in sides)
+            count = f"{mine.count(sides)} of {len(mine)}"
+            counts.setdefault(what, {}).setdefault(count, []).append(role)
+    for what, roles in counts.items():
+        yield f"{what} of {', '.join(f'{", ".join(alike)} {count}' for count, alike in roles.items())}"
+    if off:
+        yield f"{', '.join(off)} off"
+    if formless:
+        yield f"{', '.join(formless)} without a quantized form"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole if whole else 0:.1f} %"
+
+
+def _spoken(pattern: str) -> str:
+    """The words of a pattern that say where, not which quantizer; the pattern where it has no other."""
+    place = [word for word in words(pattern) if not word.endswith("_quantizer")]
+    return ".".join(place) or pattern

@@ -1,0 +1,98 @@
+"""Cost of a case against the bare work in it: ``python tests/benchmarks/cost.py [RUNS] [RECIPE...]``.
+
+Bare work is building the same small model, a forward pass, ``mtq.quantize`` over the same calibration tokens
+and a forward pass; a case also reads, audits, shrinks, checks and reports. Both in processor time of this
+process and its threads, the median of RUNS (3 unless given) after one that warms up, in turns, so that
+a busy machine slows both. One dense, one MoE and one hybrid preset; every recipe of the default set unless
+some are named, or ``all``. A case that does not pass has no cost: its outcome is printed in place of a ratio.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from time import process_time
+
+import torch
+
+from harness.architecture import Architecture
+from harness.build import build_model
+from harness.case import Case, CaseReport, Outcome
+from harness.layout import Layout
+from harness.pipeline import check, full_size
+from harness.preset import find_presets
+from harness.quantize import calibration_tokens, without_folders
+from harness.recipes import Recipe
+from harness.selection import recipes_named
+from harness.shrink import shrink
+from harness.standins import installed
+from harness.standins.output import captured
+from harness.trace import BATCH_SIZE, forward
+from harness.world import open_world
+
+import modelopt.torch.quantization as mtq  # isort: skip
+
+ROOT = Path(__file__).parent.parent.parent
+PRESETS = ("Qwen/Qwen3-8B", "Qwen/Qwen3-30B-A3B", "nvidia/Nemotron-H-8B-Base-8K")
+MOST = 1.2
+CPU, ONE = torch.device("cpu"), Layout()
+
+
+def bare(small: Architecture, recipe: Recipe, tokens: torch.Tensor) -> None:
+    """What anyone would run to try a recipe on a model. Call it where stand-ins are installed."""
+    with captured():
+        model = build_model(small, ONE, CPU, 1234)
+        first = tokens[:BATCH_SIZE]
+        forward(model, first)
+        mtq.quantize(model, without_folders(recipe.to_config()), lambda model: forward(model, tokens))
+        forward(model, first)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = process_time()
+    work()
+    return process_time() - start
+
+
+def measure(case: Case, small: Architecture, recipe: Recipe, runs: int) -> tuple[float, float, CaseReport]:
+    """(bare, case) in seconds of processor time, and the last report of the case."""
+    times: tuple[list[float], list[float]] = ([], [])
+    reports: list[CaseReport] = []
+    with captured(), installed(CPU, small), open_world(ONE, CPU):
+        model = build_model(small, ONE, CPU, 1234)
+        tokens = calibration_tokens(model, small, CPU, 1234)
+    for _ in range(runs + 1):
+        whole = seconds(lambda: reports.append(check(case)))
+        if reports[-1].outcome is not Outcome.PASSED:
+            return 0.0, whole, reports[-1]
+        with installed(CPU, small), open_world(ONE, CPU):
+            times[0].append(seconds(lambda: bare(small, recipe, tokens)))
+        times[1].append(whole)
+    return median(times[0][1:]), median(times[1][1:]), reports[-1]
+
+
+def main(arguments: Sequence[str]) -> None:
+    runs = int(arguments[0]) if arguments and arguments[0].isdecimal() else 3
+    recipes = recipes_named([each for each in arguments if not each.isdecimal()])
+    worst: list[float] = []
+    print(f"{'preset':32} {'recipe':34} {'bare s':>7} {'case s':>7} {'ratio':>6}")
+    for file in find_presets(PRESETS, ROOT / "presets"):
+        full = full_size(file)
+        assert full is not None
+        small = shrink(full, ONE).after
+        for recipe in recipes:
+            case = Case(file.name, str(file.path), recipe.name, ONE, "cpu")
+            least, whole, report = measure(case, small, recipe, runs)
+            passed = report.outcome is Outcome.PASSED
+            ratio = f"{whole / least:6.2f}" if passed else f"{report.outcome}: {report.reason[:60]}"
+            worst += [whole / least] if passed else []
+            print(f"{file.name:32} {recipe.name:34} {least:7.2f} {whole:7.2f} {ratio}", flush=True)
+    if worst:
+        over = sum(ratio > MOST for ratio in worst)
+        print(f"median {median(worst):.2f}, worst {max(worst):.2f}; {over} of {len(worst)} above {MOST}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,195 @@
+"""Each proof broken on purpose, through every stage of a preset: exactly that one fails, module named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from broken import PRESETS
+
+from harness import quantize
+from harness.case import PROOFS, Case, CaseReport, Check, Outcome
+from harness.layout import Layout
+from harness.pipeline import check
+from harness.proofs import state, weights
+from harness.report import from_json, to_json
+
+CASE = Case("Qwen/Qwen3-0.6B", str(PRESETS["Qwen3-0.6B"].path), "fp8", Layout(), "cpu")
+SPARSE = replace(CASE, preset="Qwen/Qwen3-30B-A3B", path=str(PRESETS["Qwen3-30B-A3B"].path))
+FC1 = "decoder.layers.0.mlp.linear_fc1"
+ALWAYS = ("coverage", "calibration", "effect", "blocks", "sharding")
+
+
+def checks(report: CaseReport) -> Mapping[str, Check]:
+    return {check.name: check for check in report.stages[-1].checks}
+
+
+def failed(report: CaseReport) -> list[str]:
+    """The checks that failed, in order; every error must be one of theirs."""
+    names = [check.name for check in checks(report).values() if check.outcome is Outcome.FAILED]
+    assert {finding.check for finding in report.findings if finding.is_error} == set(names)
+    assert report.outcome is (Outcome.FAILED if names else Outcome.PASSED)
+    return names
+
+
+def modules(report: CaseReport) -> set[str | None]:
+    return {finding.module for finding in report.findings if finding.is_error}
+
+
+def broken_by(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]) -> None:
+    """``change`` the model right after ModelOpt has quantized it."""
+    original = quantize.mtq.quantize
+
+    def changed(model: Any, config: Any, loop: Any) -> Any:
+        original(model, config, loop)
+        change(model)
+
+    monkeypatch.setattr("harness.quantize.mtq.quantize", changed)
+
+
+def test_every_proof_of_a_sound_case_passes() -> None:
+    report = check(replace(CASE, prove=PROOFS))
+    assert failed(report) == []
+    assert list(checks(report)) == [*ALWAYS, "backward", "state", "sharded state", "weights"]
+    assert all(each.outcome is Outcome.PASSED and each.detail for each in checks(report).values())
+    assert report.case.repro.endswith("--device cpu --prove state,weights,backward")
+    assert from_json(to_json([report]))[0].stages == report.stages
+
+
+def test_what_costs_much_is_proved_on_request_only() -> None:
+    assert list(checks(check(CASE))) == [*ALWAYS]
+    assert list(checks(check(replace(CASE, prove=("backward",))))) == [*ALWAYS, "backward"]
+
+
+def test_a_proof_that_modelopt_cannot_give_is_unsupported_and_fails_nothing() -> None:
+    report = check(replace(CASE, recipe="w4a8_awq_beta", prove=("weights",)))
+    assert failed(report) == []
+    proof = checks(report)["weights"]
+    assert proof.outcome is Outcome.UNSUPPORTED
+    assert proof.detail.startswith("ModelOpt: its stages in a row give the matrix product")
+
+
+def test_simulated_ranks_prove_what_hangs_on_no_numbers() -> None:
+    report = check(replace(CASE, layout=Layout.parse("tp2"), prove=("state",)))
+    assert failed(report) == []
+    assert checks(report)["state"].outcome is Outcome.SKIPPED
+    assert checks(report)["sharding"].detail.startswith("rank 0 of tp2: ")
+
+
+# Broken on purpose
+
+
+def test_a_quantizer_left_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_by(monkeypatch, lambda model: model.get_submodule(FC1).weight_quantizer.disable())
+    report = check(CASE)
+    assert (failed(report), modules(report)) == (["coverage"], {FC1})
+
+
+def test_a_quantizer_of_another_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(model: Any) -> None:
+        model.get_submodule(FC1).weight_quantizer.num_bits = 8
+
+    broken_by(monkeypatch, change)
+    report = check(CASE)
+    assert (failed(report), modules(report)) == (["coverage"], {FC1})
+
+
+def test_a_starved_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a calibration batch that is too small."""
+    monkeypatch.setattr(quantize, "TOKENS_PER_EXPERT", (1,))
+    report = check(SPARSE)
+    assert failed(report) == ["calibration"]
+    assert modules(report)
+    for finding in report.findings:
+        if finding.is_error:
+            assert finding.module is not None and ".local_experts." in finding.module
+            assert "saw none of the 72 calibration tokens" in finding.message
+
+
+def test_an_amax_zeroed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the last forward pass, so that it shows nowhere else."""
+    off = quantize.quantizers_off
+
+    @contextmanager
+    def zeroing(model: Any) -> Iterator[None]:
+        with off(model):
+            yield
+        model.get_submodule(FC1).input_quantizer._amax.zero_()
+
+    monkeypatch.setattr(quantize, "quantizers_off", zeroing)
+    report = check(CASE)
+    assert (failed(report), modules(report)) == (["calibration"], {FC1})
+
+
+def test_a_weight_that_calibration_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(model: Any) -> None:
+        with torch.no_grad():
+            model.get_submodule(FC1).weight[3, 5] += 1
+
+    broken_by(monkeypatch, change)
+    report = check(CASE)
+    assert failed(report) == ["effect"]
+    assert "with every quantizer off" in report.findings[0].message
+
+
+def test_blocks_that_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(model: Any) -> None:
+        sizes = {-1: 32, "type": "dynamic", "scale_bits": (4, 3)}
+        model.get_submodule(FC1).weight_quantizer.block_sizes = sizes
+
+    broken_by(monkeypatch, change)
+    report = check(replace(CASE, recipe="nvfp4"))
+    # What the quantizer was told and what it did are two questions.
+    assert (failed(report), modules(report)) == (["coverage", "blocks"], {FC1})
+
+
+def test_a_scale_that_no_checkpoint_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = state.sharded
+
+    def dropping(model: Any, only: str = "") -> Any:
+        return {
+            name: entry for name, entry in whole(model, only).items() if f"{FC1}.input_quantizer" not in name
+        }
+
+    monkeypatch.setattr(state, "sharded", dropping)
+    report = check(CASE)
+    assert (failed(report), modules(report)) == (["sharding"], {FC1})
+
+
+def test_a_state_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    save = state.save
+
+    def dropping(model: Any) -> Any:
+        saved = save(model)
+        name = f"{FC1}.input_quantizer._amax"
+        return replace(saved, tensors={key: value for key, value in saved.tensors.items() if key != name})
+
+    monkeypatch.setattr(state, "save", dropping)
+    report = check(replace(CASE, prove=("state",)))
+    assert (failed(report), modules(report)) == (["state"], {FC1})
+    assert checks(report)["sharded state"].outcome is Outcome.PASSED
+
+
+def test_a_weight_that_was_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights.mtq, "compress", lambda model: None)
+    report = check(replace(CASE, prove=("weights",)))
+    assert failed(report) == ["weights"]
+    assert FC1 in modules(report)
+
+
+def test_a_gradient_that_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_by(monkeypatch, lambda model: model.get_submodule(FC1).weight.register_hook(torch.zeros_like))
+    report = check(replace(CASE, prove=("backward",)))
+    assert (failed(report), modules(report)) == (["backward"], {FC1})
+
+
+def test_nothing_costly_is_proved_of_what_is_not_sound(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken_by(monkeypatch, lambda model: model.get_submodule(FC1).weight_quantizer.disable())
+    report = check(replace(CASE, prove=PROOFS))
+    assert failed(report) == ["coverage"]
+    assert {checks(report)[name].outcome for name in PROOFS} == {Outcome.SKIPPED}
+    assert checks(report)["state"].detail == "the model is not quantized as it should be"
