@@ -32,6 +32,7 @@ from harness.selection import (
     layouts_named,
     not_checked_json,
     not_checked_text,
+    processes_per_case,
     proofs_named,
     recipes_named,
     runnable,
@@ -189,7 +190,7 @@ def check(
 
     recipes, chosen = recipes_named(recipe or []), resolve_device(device)
     layouts, proofs = runnable(layouts_named(layout or []), ranks, chosen), proofs_named(prove or [])
-    workers = _jobs(jobs, chosen)
+    workers = _jobs(jobs, chosen, processes_per_case(layouts, ranks))
     found = _find(names or [], presets)
     pipeline.require_possible(found.files, layouts)
     cases = cases_of(found.files, recipes, layouts, chosen, presets, ranks, proofs)
@@ -248,9 +249,9 @@ def _find(names: Sequence[str], tree: Path | None) -> Found:
     return find(names, tree or default_tree())
 
 
-def _jobs(text: str, device: str) -> int:
+def _jobs(text: str, device: str, processes: int) -> int:
     if text == "auto":
-        return worker_count(device)
+        return worker_count(device, processes)
     if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"--jobs {text!r} is neither auto nor a number of at least 1")
     return int(text)

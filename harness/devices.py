@@ -87,8 +87,13 @@ def free_gpu_memory() -> tuple[int, ...]:
     return tuple(chosen)
 
 
-def worker_count(device: str) -> int:
-    """Workers for ``--jobs auto`` and ``-n auto``: by the memory of the device, and the cores."""
+def worker_count(device: str, ranks: int = 1) -> int:
+    """Workers for ``--jobs auto`` and ``-n auto``: by the memory of the device, and the cores.
+
+    ``ranks`` are the processes that each of them starts; on CUDA they take every GPU between them.
+    """
+    if ranks > 1:
+        return 1 if device.startswith("cuda") else max(1, worker_count(device) // ranks)
     cores = len(os.sched_getaffinity(0))
     by_memory = max(1, _free_memory() // WORKER_BYTES)
     if device.startswith("cuda"):

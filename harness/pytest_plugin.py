@@ -34,6 +34,7 @@ from harness.selection import (
     cases_of,
     layouts_named,
     not_checked_text,
+    processes_per_case,
     proofs_named,
     recipes_named,
     runnable,
@@ -148,10 +149,12 @@ def pytest_configure_node(node: Any) -> None:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     try:
         device = resolve_device(config.getoption("device"))
+        layouts = layouts_named(config.getoption("layout"))
     except UsageError as error:
         raise pytest.UsageError(str(error)) from error
-    if device == "cpu" or config.getoption("device") == device:
-        return worker_count(device)
+    processes = processes_per_case(layouts, config.getoption("ranks"))
+    if device == "cpu" or config.getoption("device") == device or processes > 1:
+        return worker_count(device, processes)
     cores = len(os.sched_getaffinity(0))
     return min(cores, sum(worker_count(f"cuda:{index}") for index in range(gpu_count())))
 

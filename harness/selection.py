@@ -75,6 +75,11 @@ def runnable(layouts: Sequence[Layout], ranks: str, device: str) -> Sequence[Lay
     return layouts
 
 
+def processes_per_case(layouts: Sequence[Layout], ranks: str) -> int:
+    """The most processes that a case of these layouts starts."""
+    return max(layout.world_size for layout in layouts) if ranks == REAL else 1
+
+
 def cases_of(
     files: Iterable[PresetFile],
     recipes: Sequence[Recipe],

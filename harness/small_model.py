@@ -37,8 +37,10 @@ def shrink_stage(run: Run, full: Architecture | None, layout: Layout) -> ShrinkP
         with run.stage("shrink") as stage:
             assert full is not None
             try:
-                # Uneven stages have layers by the dozen; ``layout_of_plan`` finds some for the plan's few.
-                plan = shrink(full, replace(layout, first=None, last=None))
+                # Uneven stages have layers by the dozen; ``layout_of_plan`` finds some for the plan's few,
+                # of which there must be more than stages.
+                more = int(bool(layout.first or layout.last) and layout.pp < full.num_layers)
+                plan = shrink(full, replace(layout, first=None, last=None, pp=layout.pp + more))
             except NoPlan as error:
                 stage.findings.append(Finding("shrink", Severity.ERROR, str(error)))
                 stage.usable = False
@@ -57,7 +59,7 @@ def shrink_stage(run: Run, full: Architecture | None, layout: Layout) -> ShrinkP
 def layout_of_plan(plan: ShrinkPlan, layout: Layout) -> Layout:
     """``layout`` with stage sizes that the fewer layers of the plan have.
 
-    An uneven first or last stage holds about the same share of the layers as it was asked to.
+    An uneven first or last stage stays uneven where it can, and holds about the share that was asked of it.
     """
     layers = plan.after.num_layers
 
@@ -65,7 +67,9 @@ def layout_of_plan(plan: ShrinkPlan, layout: Layout) -> Layout:
         if size is None:
             return [None]
         share = size / plan.before.num_layers * layers
-        nearest_first: list[int] = sorted(range(1, layers + 1), key=lambda count: abs(count - share))
+        nearest_first: list[int] = sorted(
+            range(1, layers + 1), key=lambda count: (count * layout.pp == layers, abs(count - share))
+        )
         return [*nearest_first]
 
     for first, last in product(choices(layout.first), choices(layout.last)):

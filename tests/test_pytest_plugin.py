@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 from harness import pytest_plugin
+from harness.devices import worker_count
+from harness.layout import Layout
 from harness.pytest_plugin import device_entry, is_preset
+from harness.selection import processes_per_case
 
 pytest_plugins = ["pytester"]
 
@@ -362,14 +365,24 @@ def test_the_number_of_workers_is_what_the_devices_carry(
     by_device = {"cuda:0": 2, "cuda:1": 3, "cpu": 8}
     monkeypatch.setattr("harness.devices.gpu_count", lambda: 2)
     monkeypatch.setattr(pytest_plugin, "gpu_count", lambda: 2)
-    monkeypatch.setattr(pytest_plugin, "worker_count", by_device.__getitem__)
+    monkeypatch.setattr(pytest_plugin, "worker_count", lambda device, ranks=1: by_device[device])
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
     monkeypatch.setattr(pytestconfig.option, "device", device)
     assert pytest_plugin.pytest_xdist_auto_num_workers(pytestconfig) == workers
 
 
+def test_workers_that_start_ranks_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setattr("harness.devices._free_memory", lambda: 1 << 50)
+    assert [worker_count("cpu", ranks) for ranks in (1, 2, 4, 64)] == [16, 8, 4, 1]
+    assert worker_count("cuda:0", 2) == 1
+    layouts = [Layout.parse("tp2"), Layout.parse("tp2,pp2")]
+    assert [processes_per_case(layouts, ranks) for ranks in ("real", "first", "all")] == [4, 1, 1]
+
+
 def test_n_auto_asks_the_harness(tree: pytest.Pytester) -> None:
     with (tree.path / "conftest.py").open("a") as stream:
-        stream.write("\nfrom harness import pytest_plugin\npytest_plugin.worker_count = lambda device: 3\n")
+        stream.write("\nfrom harness import pytest_plugin as plugin\n")
+        stream.write("plugin.worker_count = lambda device, ranks=1: 3\n")
     result = run(tree, "presets", "--recipe", "fp8", "-n", "auto")
     result.stdout.fnmatch_lines(["*3 workers*"])
