@@ -59,15 +59,20 @@ def ask(small: Architecture, recipe: Recipe, device: torch.device, raised: Raise
     any world."""
     control = plain(small)
     with open_world(Layout(), device):
-        try:
-            model = build_model(control, Layout(), device)
-        except Exception as error:
-            return Answer(False, f"a model of plain sizes cannot be built: {Raised.of(error).text}")
-        try:
-            quantize(model, recipe, control, device)
-        except Exception as error:
-            other = Raised.of(error)
-            if raised.same_as(other):
-                return Answer(True, "a model of plain sizes raises the same")
-            return Answer(False, f"a model of plain sizes raises {other.text}")
+        return _asked(control, recipe, device, raised)
+
+
+def _asked(control: Architecture, recipe: Recipe, device: torch.device, raised: Raised) -> Answer:
+    """On its own, as the model must be gone before its world is closed."""
+    try:
+        model = build_model(control, Layout(), device)
+    except Exception as error:
+        return Answer(False, f"a model of plain sizes cannot be built: {Raised.of(error).text}")
+    try:
+        quantize(model, recipe, control, device)
+    except Exception as error:
+        other = Raised.of(error)
+        if raised.same_as(other):
+            return Answer(True, "a model of plain sizes raises the same")
+        return Answer(False, f"a model of plain sizes raises {other.text}")
     return Answer(False, "a model of plain sizes goes through")

@@ -10,17 +10,24 @@ from typing import Any
 import pytest
 import torch
 from broken import PRESETS
+from small_models import MODELS, model_of
 
 from harness import quantize
+from harness.build import build_model
 from harness.case import PROOFS, Case, CaseReport, Check, Outcome
 from harness.layout import Layout
 from harness.pipeline import check
 from harness.proofs import state, weights
+from harness.recipes import find_recipe
 from harness.report import from_json, to_json
+from harness.standins import installed
+from harness.standins.output import captured
+from harness.world import open_world, receiving
 
 CASE = Case("Qwen/Qwen3-0.6B", str(PRESETS["Qwen3-0.6B"].path), "fp8", Layout(), "cpu")
 SPARSE = replace(CASE, preset="Qwen/Qwen3-30B-A3B", path=str(PRESETS["Qwen3-30B-A3B"].path))
 FC1 = "decoder.layers.0.mlp.linear_fc1"
+CPU = torch.device("cpu")
 ALWAYS = ("coverage", "calibration", "effect", "blocks", "sharding")
 
 
@@ -193,3 +200,24 @@ def test_nothing_costly_is_proved_of_what_is_not_sound(monkeypatch: pytest.Monke
     assert failed(report) == ["coverage"]
     assert {checks(report)[name].outcome for name in PROOFS} == {Outcome.SKIPPED}
     assert checks(report)["state"].detail == "the model is not quantized as it should be"
+
+
+def test_how_a_stand_in_is_split_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ModelOpt splits the scales of the class that stands in for TELinear, whose weight no rank splits."""
+    small, layout, recipe = (
+        model_of(MODELS["Mamba and latent experts"]),
+        Layout.parse("tp2"),
+        find_recipe("int8"),
+    )
+
+    def found() -> set[str]:
+        with captured(), installed(CPU, small), open_world(layout, CPU), receiving():
+            model = build_model(small, layout, CPU)
+            result = quantize.quantize(model, recipe, small, CPU, layout=layout)
+        (proof,) = (proof for proof in result.proofs if proof.name == "sharding")
+        names = [str(each.module) for each in proof.findings if each.is_error]
+        return {name.rpartition(".")[2] for name in names}
+
+    assert found() == set()
+    monkeypatch.setattr("harness.proofs.sharding._stands_in", lambda module: False)
+    assert found() == {"fc1_latent_proj", "fc2_latent_proj"}

@@ -246,7 +246,6 @@ OFF = {"quantizer_name": "*", "enable": False}
             {"quantizer_name": "*k_bmm*", "enable": True},
         ],
     ],
-    ids=lambda entries: f"{len(entries)}-{abs(hash(repr(entries))) % 1000}",
 )
 def test_entries_in_a_row_as_modelopt_applies_them(entries: list[dict[str, Any]]) -> None:
     assert_as_modelopt(Recipe.of({"quant_cfg": entries, "algorithm": "max"}, "mine"))
