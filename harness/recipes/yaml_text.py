@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from harness.recipes.located import Items, Place, Table, wrong
 
