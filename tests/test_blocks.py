@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from broken import TREE
+from published import changed, named, of_preset
 from small_models import MODELS, model_of
 
-from harness.architecture import Architecture, architecture
+from harness.architecture import Architecture
 from harness.blocks import Misfit, misfit_findings, misfits, quantized_inputs
 from harness.layout import Layout
-from harness.preset import PresetFile, discover, find_presets, load_preset
+from harness.preset import PresetFile, discover
 from harness.rank import UnevenStages, ranks
 from harness.recipes import RECIPES, Format, Recipe, find_recipe
 from harness.sharding import UnevenSplit, rank_parameters
@@ -24,20 +24,6 @@ from harness.sharding import UnevenSplit, rank_parameters
 _LEFT_ALONE = re.compile(
     r"(router|gate_weight|conv1d|conv1d_weight|linear_q_down_proj|linear_kv_down_proj)\b"
 )
-
-
-def of_preset(file: PresetFile) -> Architecture:
-    arguments = load_preset(file).arguments
-    assert arguments is not None
-    return architecture(arguments)
-
-
-def named(name: str) -> Architecture:
-    return of_preset(find_presets([name], TREE)[0])
-
-
-def changed(model: Architecture, **changes: Any) -> Architecture:
-    return architecture(model.arguments.replaced(changes))
 
 
 def found(model: Architecture, layout: str, recipe: str) -> tuple[Misfit, ...]:

@@ -8,13 +8,14 @@ from math import ceil, prod
 
 import pytest
 from broken import TREE
+from published import named, of_preset
 from small_models import MODELS, model_of
 
-from harness.architecture import Architecture, architecture
+from harness.architecture import Architecture
 from harness.inventory import counts
 from harness.layout import Layout
 from harness.memory import QUANTIZED, Weights, weight_bytes
-from harness.preset import PresetFile, discover, find_presets, load_preset
+from harness.preset import PresetFile, discover
 from harness.rank import UnevenStages, ranks
 from harness.recipes import RECIPES, Recipe, find_recipe
 from harness.sharding import UnevenSplit, rank_parameters
@@ -29,16 +30,6 @@ SAID = {
     "w4a8_awq_beta": (4, lambda rows, inputs: 4 * rows * ceil(inputs / 128) + 4),
     "nvfp4": (4, lambda rows, inputs: rows * ceil(inputs / 16) + 4),
 }
-
-
-def of_preset(file: PresetFile) -> Architecture:
-    arguments = load_preset(file).arguments
-    assert arguments is not None
-    return architecture(arguments)
-
-
-def named(name: str) -> Architecture:
-    return of_preset(find_presets([name], TREE)[0])
 
 
 def bytes_of(name: str, shape: tuple[int, ...], recipe: Recipe | None) -> int:

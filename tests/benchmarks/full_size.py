@@ -15,7 +15,8 @@ from time import perf_counter, process_time
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from full_size import PRESETS, megatron_parameters, of_preset
+from full_size import PRESETS, megatron_parameters
+from published import of_preset
 
 from harness.layout import Layout
 from harness.layout_rules import Owner, broken_limits
