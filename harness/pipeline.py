@@ -9,7 +9,7 @@ torch is imported by the stages that need it, so that linting stays light.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -63,22 +63,25 @@ def full_size(file: PresetFile) -> Architecture | None:
         return None
 
 
-def require_possible(files: Sequence[PresetFile], layouts: Iterable[Layout]) -> None:
-    """Raises UnknownLayout for a layout that can be for none of these presets' models."""
-    for layout in layouts:
-        if layout.pp == layout.ep == 1 and layout.etp in (1, layout.tp):
-            continue
+def require_possible(files: Iterable[PresetFile], layouts: Iterable[Layout]) -> None:
+    """Raises UnknownLayout for a layout that can be for none of these presets' models.
+
+    ``files`` are looked at only where some layout may be such a one.
+    """
+    doubtful = [sizes for sizes in layouts if sizes.pp > 1 or sizes.ep > 1 or sizes.etp not in (1, sizes.tp)]
+    known = list(files) if doubtful else []
+    for layout in doubtful:
         reasons = []
-        for file in files:
+        for file in known:
             full = full_size(file)
             reason = why_impossible(full, layout) if full is not None else None
             if reason is None:
                 break
-            reasons.append((file.name, reason))
+            reasons.append(reason)
         else:
-            for name, reason in reasons[:1]:
+            if reasons:
                 others = f", nor for {len(reasons) - 1} others" if len(reasons) > 1 else ""
-                raise UnknownLayout(f"layout {layout} cannot be for {name}{others}: {reason}")
+                raise UnknownLayout(f"layout {layout} cannot be for {known[0].name}{others}: {reasons[0]}")
 
 
 def check(case: Case) -> CaseReport:

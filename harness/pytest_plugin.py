@@ -99,23 +99,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _wanted(config: pytest.Config) -> Wanted:
-    device = config.getoption("device")
+    device, layouts = config.getoption("device"), layouts_named(config.getoption("layout"))
     worker = getattr(config, "workerinput", None)
     if worker is not None:
         device = _pin(device, int(worker["workerid"].removeprefix("gw")), worker["workercount"])
-        places = worker["harness_places"]
+        places = tuple(map(Path, worker["harness_places"]))
     else:
-        places = _places(config)
-        layouts = layouts_named(config.getoption("layout"))
-        require_possible(list(_presets(config, list(map(Path, places)))), layouts)
+        places = tuple(_places(config))
+        require_possible(_presets(config, places), layouts)
     ranks, resolved = config.getoption("ranks"), resolve_device(device)
     return Wanted(
         recipes_named(config.getoption("recipe")),
-        tuple(runnable(layouts_named(config.getoption("layout")), ranks, resolved)),
+        tuple(runnable(layouts, ranks, resolved)),
         ranks,
         resolved,
         config.getoption("case_timeout"),
-        tuple(map(Path, places)),
+        places,
         proofs_named(config.getoption("prove")),
     )
 

@@ -188,10 +188,7 @@ def split_axis(name: str) -> int | None:
 
 def shard(name: str, shape: Shape, parts: int) -> Shape:
     """Shape of a parameter that is split over so many ranks, its own if it is split over none."""
-    axis = split_axis(name)
-    if axis is None:
-        return shape
-    return (*shape[:axis], divided(name, shape[axis], parts), *shape[axis + 1 :])
+    return _share(name, shape, (), parts, 0).shape
 
 
 def divided(name: str, size: int, parts: int) -> int:

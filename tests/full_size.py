@@ -14,7 +14,7 @@ from harness import build
 from harness.architecture import Architecture, architecture, layer_symbols
 from harness.layers import Attention, MoE
 from harness.layout import Layout
-from harness.preset import PresetFile, discover, load_preset
+from harness.preset import discover
 from harness.rank import rank_of
 from harness.standins import installed
 from harness.standins.output import captured
@@ -23,17 +23,6 @@ from harness.world import open_world
 Shape = tuple[int, ...]
 PRESETS = discover(Path(__file__).parent.parent / "presets")
 CPU, META = torch.device("cpu"), torch.device("meta")
-
-
-def of_preset(file: PresetFile) -> Architecture:
-    arguments = load_preset(file).arguments
-    assert arguments is not None
-    return architecture(arguments)
-
-
-def named(name: str) -> Architecture:
-    (file,) = (file for file in PRESETS if file.name.partition("/")[2] == name)
-    return of_preset(file)
 
 
 @contextmanager

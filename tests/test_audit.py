@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from broken import FACTS, MOE, PRESETS, TEXTS, TREE, edit, line_of, write_copy
+from published import of_preset
 
-from harness.architecture import Architecture, architecture
+from harness.architecture import architecture
 from harness.audit import audit
 from harness.finding import Finding, Severity
 from harness.inventory import counts
@@ -254,12 +255,6 @@ def test_every_preset_has_the_published_number_of_parameters(file: PresetFile) -
         published = params.get(f"text_{key}", params.get(key, count + buffers))
         assert published == count + buffers
     assert result.with_buffers == tuple(key for key in ("total", "active") if buffers and key in params)
-
-
-def of_preset(file: PresetFile) -> Architecture:
-    arguments = load_preset(file).arguments
-    assert arguments is not None
-    return architecture(arguments)
 
 
 def named(name: str) -> PresetFile:

@@ -8,20 +8,15 @@ import sys
 
 import pytest
 from broken import TREE
+from published import named
 
-from harness.architecture import Architecture, architecture
+from harness.architecture import architecture
 from harness.audit_table import DEFAULT_LAYOUTS, Row, audit_json, audit_rows, audit_text, columns_of
 from harness.layout import Layout
-from harness.preset import discover, find_presets, load_preset
+from harness.preset import discover
 from harness.recipes import RECIPES, Recipe, find_recipe
 
 FP8, NVFP4, INT4 = (find_recipe(name) for name in ("fp8", "nvfp4", "int4_awq"))
-
-
-def named(name: str) -> Architecture:
-    arguments = load_preset(find_presets([name], TREE)[0]).arguments
-    assert arguments is not None
-    return architecture(arguments)
 
 
 def row(name: str, layout: str, *recipes: Recipe) -> Row:

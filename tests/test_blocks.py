@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 from broken import TREE
+from published import changed, named, of_preset
 from small_models import MODELS, model_of
 
-from harness.architecture import Architecture, architecture
+from harness.architecture import Architecture
 from harness.blocks import Misfit, misfit_findings, misfits, module_path
 from harness.dimensions import dimensions
 from harness.layout import Layout
-from harness.preset import PresetFile, discover, find_presets, load_preset
+from harness.preset import PresetFile, discover
 from harness.rank import UnevenStages, ranks
 from harness.recipes import Recipe, find_recipe, recipes
 from harness.sharding import UnevenSplit, rank_parameters
@@ -37,20 +38,6 @@ BLOCKED = tuple(
         ),
     )
 )
-
-
-def of_preset(file: PresetFile) -> Architecture:
-    arguments = load_preset(file).arguments
-    assert arguments is not None
-    return architecture(arguments)
-
-
-def named(name: str) -> Architecture:
-    return of_preset(find_presets([name], TREE)[0])
-
-
-def changed(model: Architecture, **changes: Any) -> Architecture:
-    return architecture(model.arguments.replaced(changes))
 
 
 def found(model: Architecture, layout: str, recipe: str) -> tuple[Misfit, ...]:

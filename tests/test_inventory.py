@@ -6,7 +6,8 @@ import tomllib
 
 import pytest
 import torch
-from full_size import CPU, PRESETS, Shape, megatron_model, of_preset
+from full_size import CPU, PRESETS, Shape, megatron_model
+from published import of_preset
 from small_models import MODELS, model_of
 from torch import nn
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from broken import TREE
+from published import changed, named, of_preset
 from small_models import MODELS, model_of
 
-from harness.architecture import Architecture, architecture
+from harness.architecture import Architecture
 from harness.blocks import misfits
 from harness.finding import Finding
 from harness.layout import Layout
@@ -21,26 +22,12 @@ from harness.layout_rules import (
     limit_findings,
     why_impossible,
 )
-from harness.preset import PresetFile, discover, find_presets, load_preset
+from harness.preset import PresetFile, discover
 from harness.rank import ranks
 from harness.recipes import RECIPES
 from harness.sharding import UnevenSplit, rank_parameters
 from harness.shrink import shrink
 from harness.shrink.invariants import check_invariants
-
-
-def of_preset(file: PresetFile) -> Architecture:
-    arguments = load_preset(file).arguments
-    assert arguments is not None
-    return architecture(arguments)
-
-
-def named(name: str) -> Architecture:
-    return of_preset(find_presets([name], TREE)[0])
-
-
-def changed(model: Architecture, **changes: Any) -> Architecture:
-    return architecture(model.arguments.replaced(changes))
 
 
 def _findings(model: Architecture, layout: str) -> tuple[Finding, ...]:

@@ -170,7 +170,7 @@ def test_only_the_stage_that_raised_stops(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_quantizer_without_data_is_found_where_values_are_not_looked_at() -> None:
     from modelopt.torch.quantization.nn import TensorQuantizer
 
-    from harness.quantize import check_amax
+    from harness.proofs.calibration import check_amax
 
     def calibrated(amax: float | None) -> torch.nn.Module:
         quantizer = TensorQuantizer()

@@ -10,13 +10,14 @@ from math import ceil, prod
 import pytest
 import torch
 from broken import TREE
+from published import named, of_preset
 from small_models import MODELS, model_of
 
-from harness.architecture import Architecture, architecture
+from harness.architecture import Architecture
 from harness.inventory import counts
 from harness.layout import Layout
 from harness.memory import Weights, calibration_bytes, weight_bytes
-from harness.preset import PresetFile, discover, find_presets, load_preset
+from harness.preset import PresetFile, discover
 from harness.rank import UnevenStages, ranks
 from harness.recipes import Format, Recipe, find_recipe, recipes
 from harness.sharding import UnevenSplit, rank_parameters
@@ -99,16 +100,6 @@ LEFT = {
     "mamba_moe_fp8_conservative": f"{OUTPUT}|{MAMBA_LEFT}{IN_AND_OUT}",
     "mamba_moe_nvfp4_conservative": f"{OUTPUT}|{MAMBA_LEFT}{IN_AND_OUT}",
 }
-
-
-def of_preset(file: PresetFile) -> Architecture:
-    arguments = load_preset(file).arguments
-    assert arguments is not None
-    return architecture(arguments)
-
-
-def named(name: str) -> Architecture:
-    return of_preset(find_presets([name], TREE)[0])
 
 
 def bytes_of(name: str, shape: tuple[int, ...], recipe: Recipe | None) -> int:

@@ -267,7 +267,8 @@ def test_an_exception_is_a_finding_with_its_type_and_text(
     (finding,) = errors(report.findings)
     assert finding.stage == failed
     assert finding.message.startswith(f"raised {type(error).__name__}: {error}")
-    assert "(in test_pipeline.py:" in finding.message
+    # What was patched stands in no file of Megatron's or ModelOpt's: the place is the one that called it.
+    assert re.search(r" \(in \w+\.py:\d+, \w+\)$", finding.message)
     assert finding.actual == f"{type(error).__name__}: {error}"
     skipped = [stage.detail for stage in report.stages if stage.outcome is Outcome.SKIPPED]
     assert set(skipped) <= {f"{failed} gave nothing to go on with"}

@@ -215,13 +215,21 @@ def test_blocks_that_run_across_rows_are_found() -> None:
 
 
 def test_weights_that_the_config_does_not_mean_are_found() -> None:
-    """A config for the KV cache alone leaves ModelOpt's own eight bits on every matrix."""
+    config = copy.deepcopy(mtq.FP8_DEFAULT_CFG)
+    config["quant_cfg"].append({"quantizer_name": "*self_attention*", "enable": False})
+    case = quantized("Qwen3", "FP8_DEFAULT_CFG")
+    with captured():
+        proof = prove_weights(case.model, config, case.run, case.after, BOUND)
+    assert [finding.module for finding in proof.findings] == [
+        f"decoder.layers.{layer}.self_attention.linear_{name}" for layer in (0, 1) for name in ("proj", "qkv")
+    ]
+    assert proof.findings[0].message.endswith("weight is packed, though the config means no weight of it")
+
+
+def test_a_config_for_the_cache_alone_packs_int8() -> None:
+    """It leaves ModelOpt's own eight bits on every matrix."""
     proof = prove(quantized("Qwen3", "FP8_KV_CFG"), "FP8_KV_CFG")
-    assert len(proof.findings) == 9 and proof.outcome is Outcome.FAILED
-    assert proof.findings[-1].module == "output_layer"
-    assert proof.findings[-1].message == (
-        "output_layer  weight is packed, though the config means no weight of it"
-    )
+    assert (proof.findings, proof.detail) == ((), "9 weights packed into int8 with a scale a row")
 
 
 def test_an_output_beyond_its_bound_is_found() -> None:

@@ -9,16 +9,8 @@ import re
 
 import pytest
 import torch
-from full_size import (
-    CPU,
-    PRESETS,
-    Shape,
-    eighth_of_experts,
-    megatron_parameters,
-    named,
-    of_preset,
-    one_of_each_kind,
-)
+from full_size import CPU, PRESETS, Shape, eighth_of_experts, megatron_parameters, one_of_each_kind
+from published import named, of_preset
 from small_models import MODELS, model_of
 from torch import nn
 

@@ -9,28 +9,19 @@ import pytest
 from broken import within
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published import named, of_preset
 
 from harness.architecture import Architecture, architecture
 from harness.arguments import Arguments, resolve
 from harness.inventory import counts
 from harness.layout import Layout
-from harness.preset import PresetFile, discover, load_preset
+from harness.preset import PresetFile, discover
 from harness.shrink import shrink
 from harness.shrink.invariants import check_invariants
 from harness.shrink.invariants_mixers import group_split
 
 PRESETS = discover(Path(__file__).parent.parent / "presets")
 LAYOUTS = [Layout(tp=tp, etp=tp) for tp in (1, 2, 4, 8)]
-
-
-def of_preset(file: PresetFile) -> Architecture:
-    arguments = load_preset(file).arguments
-    assert arguments is not None
-    return architecture(arguments)
-
-
-def named(name: str) -> Architecture:
-    return of_preset(next(file for file in PRESETS if file.name.endswith(f"/{name}")))
 
 
 def with_sizes(base: Architecture, **sizes: object) -> Architecture:

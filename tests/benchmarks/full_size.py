@@ -15,21 +15,23 @@ from time import perf_counter, process_time
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from full_size import PRESETS, megatron_parameters, of_preset
+from full_size import PRESETS, megatron_parameters
+from published import of_preset
 
 from harness.layout import Layout
-from harness.rank import UnevenStages, rank_of
-from harness.sharding import UnevenSplit, rank_parameters
+from harness.layout_rules import Owner, broken_limits
+from harness.rank import rank_of
+from harness.sharding import rank_parameters
 
 
 def line(index: int, text: str) -> str:
     full, layout = of_preset(PRESETS[index]), Layout.parse(text)
+    for limit in broken_limits(full, layout):
+        if limit.owner is Owner.MEGATRON:
+            return limit.message
     last = layout.world_size - 1
     start = process_time()
-    try:
-        expected = rank_parameters(full, layout, rank_of(layout, last))
-    except (UnevenSplit, UnevenStages) as error:
-        return str(error)
+    expected = rank_parameters(full, layout, rank_of(layout, last))
     arithmetic, start = process_time() - start, process_time()
     actual = megatron_parameters(full, layout, last)
     same = "equal" if expected == actual else "DIFFERENT"
