@@ -8,7 +8,6 @@ itself.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from harness.calibration import Calibration
 from harness.finding import Finding
 from harness.layout import Layout
 from harness.proofs.blocks import observed, prove_blocks
@@ -28,9 +28,8 @@ from harness.proofs.state import prove_sharding
 from harness.rank import Rank
 from harness.recipes import Recipe
 from harness.roles import role_of
-from harness.routing import Routes, TokenCount, forward_along, forward_and_routes
+from harness.routing import Pass, forward_along, forward_and_routes
 from harness.standins.output import captured, import_foreign
-from harness.trace import BATCH_SIZE, sequence_length, token_ids
 from harness.world import simulated
 
 import_foreign()
@@ -40,28 +39,22 @@ import modelopt.torch.quantization as mtq  # noqa: E402
 if TYPE_CHECKING:
     from harness.architecture import Architecture
 
-# Calibration tokens that each expert sees on average, tried in this order until every one sees
-# LEAST_TOKENS: routing by random weights is uneven, and an algorithm that searches, as AWQ does, runs
-# every matrix many times on all of them.
-TOKENS_PER_EXPERT = (4, 8, 16, 32, 64)
-LEAST_TOKENS = 2
-
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
     """What happened to one model. Errors are relative, of the logits, and None where not measured.
 
     ``matrices`` are the module paths whose weights the recipe means, ``quantizers`` counts those that are
-    on, ``sequences`` those it was calibrated with; ``tokens`` are the first of them, ``routes`` where their
-    tokens went, ``output`` what the quantized model gives for them, and ``log`` what ModelOpt said.
+    on, ``sequences`` those it was calibrated with, None where ModelOpt did not run the model. ``first``
+    is the pass of the unquantized model, ``output`` what the quantized one gives for its tokens along its
+    routes, and ``log`` what ModelOpt said.
     """
 
     recipe: str
     matrices: tuple[str, ...]
     quantizers: int
-    sequences: int
-    tokens: torch.Tensor = field(repr=False, compare=False)
-    routes: Routes = field(repr=False, compare=False)
+    sequences: int | None
+    first: Pass = field(repr=False, compare=False)
     output: torch.Tensor = field(repr=False, compare=False)
     error: float | None
     error_when_off: float | None
@@ -84,29 +77,30 @@ def quantize(
     sequences: int | None = None,
     layout: Layout | None = None,
     rank: Rank | None = None,
+    first: Pass | None = None,
 ) -> Quantization:
     """Quantize ``model`` in place, the part of ``rank`` of ``layout``, and prove every part of the result.
 
     ``config`` is the ModelOpt config to apply, the recipe's own unless given. Calibration runs over so many
-    ``sequences`` of ``length`` tokens, where they are given; ranks that are to agree need the same. Where the
+    ``sequences`` of ``length`` tokens, where they are given; ranks that are to agree need the same. ``first``
+    saves a pass, where it is one of the unquantized model over the first of the same tokens. Where the
     other ranks are simulated, only what does not hang on their numbers is checked: formats, that every
     quantizer saw data, shapes. What ModelOpt raises comes through. Nothing reaches the terminal.
     """
-    seen, real = TokenCount(model), not simulated()
-    layout, rank = layout or Layout(), rank or Rank(0)
+    real, layout, rank = not simulated(), layout or Layout(), rank or Rank(0)
+    calibration = Calibration(model, architecture, device, seed, length, sequences)
     with captured() as log:
-        calibration = calibration_tokens(model, architecture, device, seed, length, sequences)
-        # Calibration has seen what is measured: a value beyond the calibrated range would be clipped,
-        # and the error would say more about the draw of tokens than about the recipe.
-        tokens = calibration[:BATCH_SIZE]
-        before, routes = forward_and_routes(model, tokens)
+        # Calibration sees what is measured: a value beyond the calibrated range would be clipped, and the
+        # error would say more about the draw of tokens than about the recipe.
+        if first is None or not torch.equal(first.tokens, calibration.first):
+            first = forward_and_routes(model, calibration.first)
         matrices = expected_matrices(model, recipe)
         applied = without_folders(copy.deepcopy(dict(config)) if config else recipe.to_config())
-        mtq.quantize(model, applied, lambda model: seen.forward(model, calibration))
+        mtq.quantize(model, applied, calibration)
         with observed(model) as used:
-            after = forward_along(model, tokens, routes)
+            after = forward_along(model, first)
         with quantizers_off(model):
-            off = forward_along(model, tokens, routes)
+            off = forward_along(model, first)
         proofs = [
             _coverage(model, recipe, architecture, layout, rank),
             # Without an algorithm, and for weights alone, ModelOpt need not run the model at all.
@@ -114,8 +108,8 @@ def quantize(
                 model,
                 recipe,
                 matrices,
-                seen.by_expert if seen.passes else {},
-                calibration.numel(),
+                calibration.seen.by_expert if calibration.seen.passes else {},
+                (calibration.sequences or 0) * calibration.tokens.shape[1],
                 passed_by=[path for path in matrices if path not in used.modules and not _is_routed(path)],
                 values=real,
             ),
@@ -123,21 +117,21 @@ def quantize(
         # Hidden states of a pipeline stage have no bound.
         measured = real and bool(model.post_process)
         if measured:
-            proofs.append(prove_effect(recipe, architecture, before, after, off))
+            proofs.append(prove_effect(recipe, architecture, first.output, after, off))
         else:
-            proofs.append(prove_shape(before, after))
+            proofs.append(prove_shape(first.output, after))
         proofs.append(prove_blocks(model, recipe, architecture, layout, rank, used))
-        proofs.append(prove_sharding(model))
+        if layout.world_size > 1:
+            proofs.append(prove_sharding(model))
     return Quantization(
         recipe=recipe.name,
         matrices=matrices,
         quantizers=sum(quantizer.is_enabled for _, quantizer in quantizers(model)),
-        sequences=len(calibration),
-        tokens=tokens,
-        routes=routes,
+        sequences=calibration.sequences,
+        first=first,
         output=after,
-        error=relative_error(before, after) if measured else None,
-        error_when_off=relative_error(before, off) if measured else None,
+        error=relative_error(first.output, after) if measured else None,
+        error_when_off=relative_error(first.output, off) if measured else None,
         proofs=tuple(proofs),
         log=log.getvalue(),
     )
@@ -165,30 +159,3 @@ def without_folders(config: Any) -> Any:
     if isinstance(config, Mapping):
         return {key: without_folders(value) for key, value in config.items() if key != "checkpoint_dir"}
     return [without_folders(value) for value in config] if isinstance(config, list) else config
-
-
-def calibration_tokens(
-    model: nn.Module,
-    architecture: Architecture,
-    device: torch.device,
-    seed: int,
-    length: int | None = None,
-    sequences: int | None = None,
-) -> torch.Tensor:
-    """Token ids, [batch, sequence], of which every expert of the unquantized model sees a few."""
-    length, experts = length or sequence_length(architecture), architecture.moe
-    if sequences is not None:
-        return token_ids(architecture.padded_vocab_size, sequences, length, device, seed)
-    share = experts.num_experts / experts.moe_router_topk if experts else 0
-    for times in TOKENS_PER_EXPERT:
-        batch = max(BATCH_SIZE, math.ceil(times * share / length))
-        tokens = token_ids(architecture.padded_vocab_size, batch, length, device, seed)
-        count = TokenCount(model)
-        if experts is None:
-            break
-        with torch.no_grad():
-            count.forward(model, tokens)
-        # A pipeline stage may hold dense layers only.
-        if min(count.by_expert.values(), default=LEAST_TOKENS) >= LEAST_TOKENS:
-            break
-    return tokens

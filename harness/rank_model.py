@@ -20,7 +20,7 @@ from harness.finding import has_errors
 from harness.proofs import backward, state, weights
 from harness.quantize import Quantization, quantize
 from harness.rounding import largest_error
-from harness.routing import forward_along
+from harness.routing import Pass, forward_along, forward_and_routes
 from harness.sharding import rank_parameters
 from harness.standins.output import captured
 from harness.world import receiving, simulated
@@ -70,11 +70,12 @@ class Outputs:
 def run_rank(run: Run, job: Job, device: torch.device) -> Outputs:
     """The stages build, forward and quantize. Call it inside ``standins.installed`` and ``open_world``."""
     outputs, model = Outputs(), _build(run, job, device)
+    first: Pass | None = None
     with receiving():
         if run.can("forward"):
-            _forward(run, job, device, model, outputs)
+            first = _forward(run, job, device, model, outputs)
         if run.can("quantize"):
-            _quantize(run, job, device, model, outputs)
+            _quantize(run, job, device, model, outputs, first)
     return outputs
 
 
@@ -91,19 +92,21 @@ def _build(run: Run, job: Job, device: torch.device) -> Any:
     return model
 
 
-def _forward(run: Run, job: Job, device: torch.device, model: Any, outputs: Outputs) -> None:
+def _forward(run: Run, job: Job, device: torch.device, model: Any, outputs: Outputs) -> Pass | None:
+    """The pass of the unquantized model, None where it came to no end."""
     small, length, batch = job.small, job.length, trace.BATCH_SIZE
     tokens = trace.token_ids(small.padded_vocab_size, batch, length, device)
+    first: Pass | None = None
     with run.stage("forward") as stage:
         expected = activations(
             small, sequence_length=length, batch_size=batch, layout=job.layout, rank=job.rank
         )
         with stage.foreign(), trace.recording(model) as recorder:
-            output = trace.forward(model, tokens)
+            first = forward_and_routes(model, tokens)
         # Where the pass raised, the trace up to there says first which shapes parted.
         stage.findings[:0] = trace.compare_trace(expected, recorder.trace())
-        if not stage.usable:
-            return
+        if first is None:
+            return None
         stage.detail = f"{len(expected)} modules as planned"
         last = job.rank.pp == job.layout.pp - 1
         if simulated():
@@ -112,16 +115,19 @@ def _forward(run: Run, job: Job, device: torch.device, model: Any, outputs: Outp
             stage.detail += ", logits finite"
         if not last:
             states = (length // job.layout.tp, batch, small.hidden_size)
-            stage.findings.extend(trace.check_shape(output, states, "hidden states"))
+            stage.findings.extend(trace.check_shape(first.output, states, "hidden states"))
         elif simulated():
             logits = (batch, length, small.padded_vocab_size)
-            stage.findings.extend(trace.check_shape(output, logits, "logits"))
+            stage.findings.extend(trace.check_shape(first.output, logits, "logits"))
         else:
-            stage.findings.extend(trace.check_logits(output, tokens, small.padded_vocab_size))
-            outputs.logits = output
+            stage.findings.extend(trace.check_logits(first.output, tokens, small.padded_vocab_size))
+            outputs.logits = first.output
+    return first
 
 
-def _quantize(run: Run, job: Job, device: torch.device, model: Any, outputs: Outputs) -> None:
+def _quantize(
+    run: Run, job: Job, device: torch.device, model: Any, outputs: Outputs, first: Pass | None
+) -> None:
     with run.stage("quantize") as stage:
         result = None
         with stage.foreign():
@@ -134,6 +140,7 @@ def _quantize(run: Run, job: Job, device: torch.device, model: Any, outputs: Out
                 sequences=job.sequences,
                 layout=job.layout,
                 rank=job.rank,
+                first=first,
             )
         if result is None:
             return
@@ -157,7 +164,7 @@ def _prove(stage: Stage, job: Job, device: torch.device, model: Any, result: Qua
     if reason:
         stage.checks.extend(Check(name, Outcome.SKIPPED, reason) for name in job.prove)
         return
-    run = partial(forward_along, tokens=result.tokens, routes=result.routes)
+    run = partial(forward_along, first=result.first)
 
     def fresh() -> Any:
         return build_model(job.small, job.layout, device, seed=_OTHER_SEED, dtype=job.dtype)
@@ -169,7 +176,7 @@ def _prove(stage: Stage, job: Job, device: torch.device, model: Any, result: Qua
                 stage.checks.append(Check(backward.NAME, Outcome.SKIPPED, reason))
             else:
                 trained = [path for path in result.matrices if _has_weight(model, path)]
-                stage.proved(backward.prove_backward(model, trained, result.tokens))
+                stage.proved(backward.prove_backward(model, trained, result.first.tokens))
         if state.NAME in job.prove:
             stage.proved(state.prove_state(model, fresh, run, result.output))
             stage.proved(state.prove_sharded_state(model, fresh, run, result.output))

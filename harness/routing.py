@@ -6,8 +6,10 @@ function's. Held to the routes of an earlier pass, the outputs differ by the rou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ Routes = tuple[torch.Tensor, ...]
 
 
 class TokenCount:
-    """Counts what each expert sees in a forward pass, by module path, and the passes.
+    """Counts what each expert sees in forward passes, by module path, and the passes.
 
     ModelOpt's amax does not show it: an expert without tokens gets the amax of its neighbours.
     """
@@ -35,20 +37,31 @@ class TokenCount:
     def __init__(self, model: nn.Module) -> None:
         self.by_expert: Mapping[str, int] = {name: 0 for name, _ in experts(model)}
         self.passes = 0
+        self._round: dict[str, int] = {}
+
+    @property
+    def least(self) -> float:
+        """What the expert that saw least has seen in this round; infinite where there are no experts."""
+        return min(self._round.values(), default=math.inf)
+
+    @contextmanager
+    def of_one_round(self) -> Iterator[None]:
+        """What an algorithm runs more than once counts once: the most that one of its rounds had."""
+        self._round = dict.fromkeys(self.by_expert, 0)
+        yield
+        self.by_expert = {name: max(count, self._round[name]) for name, count in self.by_expert.items()}
 
     def forward(self, model: nn.Module, tokens: torch.Tensor) -> None:
-        # An algorithm may run this more than once; each pass has the same tokens.
+        """One pass, counted in the round that is under way."""
         self.passes += 1
-        counts = dict.fromkeys(self.by_expert, 0)
         handles = [
-            expert.register_forward_pre_hook(_counting(counts, name)) for name, expert in experts(model)
+            expert.register_forward_pre_hook(_counting(self._round, name)) for name, expert in experts(model)
         ]
         try:
             forward(model, tokens)
         finally:
             for handle in handles:
                 handle.remove()
-        self.by_expert = {name: max(counts[name], self.by_expert[name]) for name in counts}
 
 
 def experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -66,22 +79,32 @@ def _counting(counts: dict[str, int], name: str) -> Callable[[nn.Module, Any], N
     return hook
 
 
-def forward_and_routes(model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, Routes]:
-    """Logits as ``trace.forward`` gives them, and where the routers sent each token."""
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A forward pass: token ids [batch, sequence], what ``trace.forward`` gave, and where routers sent each
+    token."""
+
+    tokens: torch.Tensor
+    output: torch.Tensor
+    routes: Routes
+
+
+def forward_and_routes(model: nn.Module, tokens: torch.Tensor) -> Pass:
+    """A pass in which every token goes where the routers send it."""
     with _replays(model, RouterReplayAction.RECORD) as replays:
-        logits = forward(model, tokens)
-        return logits, tuple(replay.get_recorded_indices() for replay in replays)
+        output = forward(model, tokens)
+        return Pass(tokens, output, tuple(replay.get_recorded_indices() for replay in replays))
 
 
-def forward_along(model: nn.Module, tokens: torch.Tensor, routes: Routes) -> torch.Tensor:
-    """Logits as ``trace.forward`` gives them, each token sent where it went before.
+def forward_along(model: nn.Module, first: Pass) -> torch.Tensor:
+    """The output for the tokens of ``first``, each sent where it went then.
 
     The weights of its experts are what the routers now say.
     """
     with _replays(model, RouterReplayAction.REPLAY_FORWARD) as replays:
-        for replay, indices in zip(replays, routes, strict=True):
+        for replay, indices in zip(replays, first.routes, strict=True):
             replay.set_target_indices(indices)
-        return forward(model, tokens)
+        return forward(model, first.tokens)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from broken import PRESETS
 from small_models import MODELS, model_of
 
-from harness import quantize
+from harness import calibration, quantize
 from harness.build import build_model
 from harness.case import PROOFS, Case, CaseReport, Check, Outcome
 from harness.layout import Layout
@@ -28,7 +28,7 @@ CASE = Case("Qwen/Qwen3-0.6B", str(PRESETS["Qwen3-0.6B"].path), "fp8", Layout(),
 SPARSE = replace(CASE, preset="Qwen/Qwen3-30B-A3B", path=str(PRESETS["Qwen3-30B-A3B"].path))
 FC1 = "decoder.layers.0.mlp.linear_fc1"
 CPU = torch.device("cpu")
-ALWAYS = ("coverage", "calibration", "effect", "blocks", "sharding")
+ALWAYS = ("coverage", "calibration", "effect", "blocks")
 
 
 def checks(report: CaseReport) -> Mapping[str, Check]:
@@ -107,7 +107,7 @@ def test_a_quantizer_of_another_format(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_starved_expert(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a calibration batch that is too small."""
-    monkeypatch.setattr(quantize, "TOKENS_PER_EXPERT", (1,))
+    monkeypatch.setattr(calibration, "TOKENS_PER_EXPERT", (1,))
     report = check(SPARSE)
     assert failed(report) == ["calibration"]
     assert modules(report)
@@ -163,8 +163,9 @@ def test_a_scale_that_no_checkpoint_holds(monkeypatch: pytest.MonkeyPatch) -> No
         }
 
     monkeypatch.setattr(state, "sharded", dropping)
-    report = check(CASE)
+    report = check(replace(CASE, layout=Layout(tp=2)))
     assert (failed(report), modules(report)) == (["sharding"], {FC1})
+    assert failed(check(replace(CASE, prove=("state",)))) == ["sharded state"], "on one rank nothing is split"
 
 
 def test_a_state_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,10 +77,10 @@ def quantized(name: str, config: str) -> Quantized:
     with captured():
         model = fresh(1234)
         tokens = token_ids(320, 4, 24, CPU)
-        _, routes = forward_and_routes(model, tokens)
+        first = forward_and_routes(model, tokens)
         mtq.quantize(model, copy.deepcopy(getattr(mtq, config)), lambda model: forward(model, tokens))
-        after = forward_along(model, tokens, routes)
-    return Quantized(model, fresh, lambda model: forward_along(model, tokens, routes), after)
+        after = forward_along(model, first)
+    return Quantized(model, fresh, lambda model: forward_along(model, first), after)
 
 
 @pytest.fixture

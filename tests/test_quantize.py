@@ -9,16 +9,16 @@ import torch
 
 from harness.architecture import Architecture
 from harness.build import build_model
+from harness.calibration import Calibration
 from harness.finding import Finding, Severity
 from harness.layout import Layout
 from harness.proofs.calibration import check_amax, check_experts, check_scales
 from harness.proofs.effect import check_off, check_output
 from harness.proofs.proof import Outcome
 from harness.proofs.quantizers import check_formats, expected_matrices, quantizers_off
-from harness.quantize import Quantization, calibration_tokens, quantize, without_folders
+from harness.quantize import Quantization, quantize, without_folders
 from harness.recipes import RECIPES, Recipe, find_recipe
 from harness.rounding import largest_error, largest_error_when_off
-from harness.routing import TokenCount
 from harness.standins import installed
 from harness.standins.output import captured
 from harness.trace import forward, token_ids
@@ -139,10 +139,8 @@ def test_every_recipe_goes_through(recipe: Recipe, capfd: pytest.CaptureFixture[
         "calibration",
         "effect",
         "blocks",
-        "sharding",
     ]
-    # ModelOpt has no sharded form of an expert's scales in two dimensions.
-    assert Outcome.FAILED not in {proof.outcome for proof in result.proofs}
+    assert {proof.outcome for proof in result.proofs} == {Outcome.PASSED}
     assert capfd.readouterr() == ("", "")
 
 
@@ -268,15 +266,39 @@ def test_calibration_grows_until_every_expert_sees_tokens(monkeypatch: pytest.Mo
     assert quantize(build("Qwen3"), FP8, model_of("Qwen3"), CPU).sequences == 3
     small, seen = model_of("Qwen3-MoE"), []
     for least in (1, 12, 10**6):
-        monkeypatch.setattr("harness.quantize.LEAST_TOKENS", least)
+        monkeypatch.setattr("harness.calibration.LEAST_TOKENS", least)
         model = build("Qwen3-MoE")
-        count = TokenCount(model)
+        calibration = Calibration(model, small, CPU)
         with captured():
-            tokens = calibration_tokens(model, small, CPU, seed=1234)
-            count.forward(model, tokens)
-        seen.append((tokens.numel(), min(count.by_expert.values()) >= least))
+            calibration(model)
+        assert calibration.sequences is not None
+        seen.append((calibration.sequences, min(calibration.seen.by_expert.values()) >= least))
     assert seen[0][1] and seen[1][1]
-    assert seen[0][0] < seen[1][0] < seen[2][0] == 11 * 24  # 64 x 8 experts / top-2, in whole sequences
+    assert seen[0][0] < seen[1][0] < seen[2][0] == 11  # 64 tokens x 8 experts / top-2, in sequences of 24
+
+
+def test_every_round_of_calibration_has_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.calibration.LEAST_TOKENS", 12)
+    model, rounds = build("Qwen3-MoE"), []
+    calibration = Calibration(model, model_of("Qwen3-MoE"), CPU)
+    model.register_forward_pre_hook(lambda model, args: rounds[-1].append(args[0]))
+    with captured():
+        for _ in range(2):
+            rounds.append([])
+            calibration(model)
+    first, second = map(torch.cat, rounds)
+    assert torch.equal(first, second) and torch.equal(first, calibration.tokens[: calibration.sequences])
+    assert len(rounds[0]) > 1, "in more than one batch"
+    assert torch.equal(rounds[0][0], calibration.first)
+
+
+def test_a_number_of_sequences_is_kept_to() -> None:
+    model = build("Qwen3-MoE")
+    for sequences in (3, 5):
+        calibration = Calibration(model, model_of("Qwen3-MoE"), CPU, sequences=sequences)
+        with captured():
+            calibration(model)
+        assert calibration.sequences == len(calibration.tokens) == sequences
 
 
 def test_modelopt_is_left_as_it_was() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,24 +45,25 @@ def test_along_its_own_routes_a_model_gives_the_same(name: str) -> None:
     model = build(name)
     with captured():
         plain = forward(model, tokens())
-        logits, routes = forward_and_routes(model, tokens())
-        again = forward_along(model, tokens(), routes)
+        first = forward_and_routes(model, tokens())
+        again = forward_along(model, first)
     small = model_of(MODELS[name])
     assert small.moe is not None
     layers = sum(layer.mlp == small.moe for layer in small.layers)
-    assert [route.shape for route in routes] == [(72, small.moe.moe_router_topk)] * layers
-    assert torch.equal(plain, logits) and torch.equal(logits, again)
+    assert [route.shape for route in first.routes] == [(72, small.moe.moe_router_topk)] * layers
+    assert torch.equal(plain, first.output) and torch.equal(plain, again)
 
 
 @pytest.mark.parametrize("name", ROUTED)
 def test_a_router_that_changed_its_mind_is_held_to_the_routes(name: str) -> None:
     model = build(name)
     with captured():
-        before, routes = forward_and_routes(model, tokens())
+        first = forward_and_routes(model, tokens())
         with torch.no_grad():
             weight = router_of(model).weight
             weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
-        free, held = forward(model, tokens()), forward_along(model, tokens(), routes)
+        free, held = forward(model, tokens()), forward_along(model, first)
+    before = first.output
     assert not torch.equal(held, before)
     assert (held - before).float().norm() < 0.5 * (free - before).float().norm()
 
@@ -72,9 +74,9 @@ def test_nothing_is_left_behind() -> None:
     model = build("latent attention")
     known = RouterReplay.global_router_replay_instances[:]
     with captured():
-        _, routes = forward_and_routes(model, tokens())
+        first = forward_and_routes(model, tokens())
         with pytest.raises(ValueError, match="zip"):
-            forward_along(model, tokens(), routes[:-1])
+            forward_along(model, replace(first, routes=first.routes[:-1]))
     assert router_of(model).router_replay is None
     assert RouterReplay.global_router_replay_instances == known
 
@@ -82,19 +84,33 @@ def test_nothing_is_left_behind() -> None:
 def test_a_model_without_experts_has_no_routes() -> None:
     model = build("Mamba and MLP")
     with captured():
-        logits, routes = forward_and_routes(model, tokens())
-        assert routes == () and list(experts(model)) == []
-        assert torch.equal(forward_along(model, tokens(), ()), logits)
+        first = forward_and_routes(model, tokens())
+        assert first.routes == () and list(experts(model)) == []
+        assert torch.equal(forward_along(model, first), first.output)
 
 
 @pytest.mark.parametrize("name", [*ROUTED, "Mamba and latent experts"])
 def test_every_token_is_counted_at_each_of_its_experts(name: str) -> None:
     model, small = build(name), model_of(MODELS[name])
     count = TokenCount(model)
-    with captured():
+    with captured(), count.of_one_round():
         count.forward(model, tokens())
     assert small.moe is not None
     layers = sum(layer.mlp == small.moe for layer in small.layers)
     assert len(count.by_expert) == layers * small.moe.num_experts
     assert sum(count.by_expert.values()) == layers * 72 * small.moe.moe_router_topk
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_most_that_one_round_saw_counts() -> None:
+    model = build("latent attention")
+    count = TokenCount(model)
+    with captured():
+        with count.of_one_round():
+            count.forward(model, tokens())
+            count.forward(model, tokens())
+        twice = dict(count.by_expert)
+        with count.of_one_round():
+            count.forward(model, tokens())
+            assert 2 * count.least == min(twice.values())
+    assert count.by_expert == twice and count.passes == 3

@@ -19,11 +19,12 @@ import torch
 
 from harness.architecture import Architecture
 from harness.build import build_model
+from harness.calibration import Calibration
 from harness.case import Case, CaseReport, Outcome
 from harness.layout import Layout
 from harness.pipeline import check, full_size
 from harness.preset import find_presets
-from harness.quantize import calibration_tokens, without_folders
+from harness.quantize import without_folders
 from harness.recipes import Recipe
 from harness.selection import recipes_named
 from harness.shrink import shrink
@@ -62,7 +63,9 @@ def measure(case: Case, small: Architecture, recipe: Recipe, runs: int) -> tuple
     reports: list[CaseReport] = []
     with captured(), installed(CPU, small), open_world(ONE, CPU):
         model = build_model(small, ONE, CPU, 1234)
-        tokens = calibration_tokens(model, small, CPU, 1234)
+        calibration = Calibration(model, small, CPU)
+        calibration(model)
+        tokens = calibration.tokens[: calibration.sequences]
     for _ in range(runs + 1):
         whole = seconds(lambda: reports.append(check(case)))
         if reports[-1].outcome is not Outcome.PASSED:
