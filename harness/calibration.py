@@ -5,7 +5,7 @@ Routing by random weights is uneven, so how many that takes shows only in the pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from itertools import pairwise
 from math import ceil
 from typing import TYPE_CHECKING
@@ -43,8 +43,8 @@ class Calibration:
     ) -> None:
         """As many ``sequences`` of ``length`` tokens as are given; else as many as it takes."""
         length = length or sequence_length(architecture)
-        self._sizes = _sizes(architecture, length, sequences)
-        self._grows = sequences is None
+        # How many sequences have been run after each batch of the first round.
+        self._sizes = [sequences] if sequences else _sizes(architecture, length)
         self.tokens = token_ids(architecture.padded_vocab_size, self._sizes[-1], length, device, seed)
         self.sequences: int | None = None
         self.seen = TokenCount(model)
@@ -59,21 +59,16 @@ class Calibration:
         with self.seen.of_one_round():
             for start, end in self._batches():
                 self.seen.forward(model, self.tokens[start:end])
-                if self.sequences is None and self._grows and self.seen.least >= LEAST_TOKENS:
-                    self.sequences = end
-                    return
-        self.sequences = self.sequences or self._sizes[-1]
+                if self.seen.least >= LEAST_TOKENS:
+                    break
+        self.sequences = end
 
-    def _batches(self) -> Iterator[tuple[int, int]]:
-        most = self.sequences or self._sizes[-1]
-        return ((start, end) for start, end in pairwise((0, *self._sizes)) if end <= most)
+    def _batches(self) -> Iterable[tuple[int, int]]:
+        # Once it is known how many it takes, they go at once, as algorithms search anew for each batch.
+        return pairwise((0, *([self.sequences] if self.sequences else self._sizes)))
 
 
-def _sizes(architecture: Architecture, length: int, sequences: int | None) -> list[int]:
-    """How many sequences have been run after each batch."""
+def _sizes(architecture: Architecture, length: int) -> list[int]:
     experts = architecture.moe
     share = experts.num_experts / experts.moe_router_topk if experts else 0
-    sizes = sorted({max(BATCH_SIZE, ceil(times * share / length)) for times in TOKENS_PER_EXPERT})
-    if sequences is None:
-        return sizes
-    return [*(size for size in sizes if size < sequences), sequences]
+    return sorted({max(BATCH_SIZE, ceil(times * share / length)) for times in TOKENS_PER_EXPERT})
