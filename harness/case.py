@@ -15,6 +15,8 @@ from harness.shrink.invariants import Invariant
 
 STAGES = ("parse", "reference", "audit", "config", "shrink", "build", "forward", "quantize")
 
+# The check that exactly what a recipe means is quantized.
+COVERAGE = "coverage"
 # Checks of a quantized model that cost more than quantizing it, and are made where they are asked for.
 PROOFS = ("state", "weights", "backward")
 

@@ -7,8 +7,9 @@ layers can help.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.architecture import architecture
 from harness.build import build_model
@@ -33,7 +34,7 @@ _WIDTHS = """
 """.split()
 # Counts need only be powers of two: what divides another then still does.
 _COUNTS = """
-    padded_vocab_size num_attention_heads num_query_groups num_experts moe_router_num_groups
+    padded_vocab_size num_attention_heads num_query_groups moe_router_num_groups
     mamba_num_heads mamba_num_groups linear_num_key_heads linear_num_value_heads
 """.split()
 
@@ -50,8 +51,20 @@ def plain(small: Architecture) -> Architecture:
     """The same kinds of layers, every width WIDTH, and what is counted powers of two."""
     values = small.arguments.values
     changes = {dest: WIDTH for dest in _WIDTHS if values.get(dest)}
-    changes |= {dest: 1 << (values[dest] - 1).bit_length() for dest in _COUNTS if values.get(dest)}
+    changes |= {dest: _power_of_two(values[dest]) for dest in _COUNTS if values.get(dest)}
+    if small.moe is not None:
+        changes["num_experts"] = _experts(small.moe.moe_router_topk, values, changes)
     return architecture(small.arguments.replaced(changes))
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
+
+
+def _experts(topk: int, values: Mapping[str, Any], changes: Mapping[str, Any]) -> int:
+    """As few as can be: most of what takes time is done for each."""
+    groups, chosen = changes.get("moe_router_num_groups") or 1, values.get("moe_router_group_topk") or 1
+    return max(2, groups, _power_of_two(-(-topk * groups // chosen)))
 
 
 def ask(small: Architecture, recipe: Recipe, device: torch.device, raised: Raised) -> Answer:

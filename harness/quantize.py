@@ -147,7 +147,8 @@ def _coverage(
 ) -> Proof:
     """That the quantizers which are meant are on, and that each one does what is meant."""
     proof = prove_coverage(model, recipe, architecture, layout, rank)
-    return judged(proof.name, (*proof.findings, *check_formats(model, recipe)), proof.detail)
+    unlike = [*check_formats(model, recipe)]
+    return judged(proof.name, (*proof.findings, *unlike), proof.detail) if unlike else proof
 
 
 def without_folders(config: Any) -> Any:

@@ -108,3 +108,43 @@ def role_of(path: str) -> Role | None:
         if pattern.fullmatch(path):
             return role
     return None
+
+
+def is_part(name: str) -> bool:
+    """Whether Megatron calls a part of some kind of layer so: the last word of a path."""
+    return any(role_of(f"{place}{name}") for place in ("", "mixer.", "shared_experts."))
+
+
+# What a pattern of a quantization recipe speaks of, the most special first: the words of Megatron's modules
+# and of Hugging Face's, which many of ModelOpt's patterns are written for.
+_EXPERTS = (Role.EXPERT_FC1, Role.EXPERT_FC2)
+_SHARED = (Role.SHARED_FC1, Role.SHARED_FC2)
+_SPOKEN_OF: tuple[tuple[str, tuple[Role, ...]], ...] = (
+    (r"conv1d", (Role.MAMBA_CONV, Role.DELTA_CONV)),
+    (r"shared_experts?_gate|gate_weight", (Role.SHARED_GATE,)),
+    (r"router|\.gate\b", (Role.ROUTER,)),
+    (r"latent_proj", (Role.EXPERT_LATENT_IN, Role.EXPERT_LATENT_OUT)),
+    (r"shared?_?expert", _SHARED),
+    (r"expert|moe", _EXPERTS),
+    (r"linear_attn|delta", (Role.DELTA_IN, Role.DELTA_OUT)),
+    (r"mixer\.(in|out)_proj|mamba|ssm", (Role.MAMBA_IN, Role.MAMBA_OUT)),
+    (r"lm_head|output_layer", (Role.OUTPUT,)),
+    (r"[kqv\]]_bmm", (Role.KV,)),
+    (r"(q|kv)_(b|up)_proj", (Role.LATENT_UP,)),
+    (r"(q|kv)_(a|down)_proj", (Role.LATENT_DOWN,)),
+    (r"\bo_proj|linear_proj|attn.*out_proj", (Role.PROJ,)),
+    (r"\b[qkv]_proj|qkv", (Role.QKV,)),
+    (r"attn|attention", (Role.QKV, Role.PROJ, Role.LATENT_UP)),
+    (r"gate_proj|gate_up|\bup_proj|fc1", (Role.FC1,)),
+    (r"\bdown_proj|fc2", (Role.FC2,)),
+    (r"mlp|ffn|feed_?forward", (Role.FC1, Role.FC2, *_EXPERTS, *_SHARED)),
+)
+
+
+def spoken_of(pattern: str) -> tuple[Role, ...]:
+    """The roles that a pattern for quantizers means by its words, whether or not it fits any path.
+
+    None for one that names no part of a model, as ``*weight_quantizer``.
+    """
+    place = re.sub(r"\w*_quantizer", lambda name: name[0] if "bmm" in name[0] else "", pattern.lower())
+    return next((roles for words, roles in _SPOKEN_OF if re.search(words, place)), ())

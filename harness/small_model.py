@@ -12,7 +12,7 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from harness.architecture import Architecture
-from harness.case import REAL, STAGES, Case, StandInReport
+from harness.case import COVERAGE, REAL, STAGES, Case, StandInReport
 from harness.errors import UnsupportedModel
 from harness.finding import Finding, Severity
 from harness.inventory import counts
@@ -113,6 +113,8 @@ class SmallModel:
                 self.plan = shrink_stage(self.run, self.full, self.case.layout)
                 self._in_world(device)
                 self._ask_control(device)
+                # A recipe of ModelOpt's that cannot name in Megatron's model what it means is not applied.
+                self.limit = self.limit or self.run.limits.get(COVERAGE, "")
             finally:
                 self.log = log.getvalue() + self.quantize_log
 

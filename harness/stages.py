@@ -103,6 +103,7 @@ class Run:
     findings: list[Finding] = field(default_factory=list)
     blocked: set[str] = field(default_factory=set)
     raised: dict[str, Raised] = field(default_factory=dict)
+    limits: dict[str, str] = field(default_factory=dict)  # by check: what it cannot be made for, and whose
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
@@ -114,6 +115,7 @@ class Run:
         outcome = Outcome.FAILED if has_errors(stage.findings) else Outcome.PASSED
         report = StageReport(name, outcome, perf_counter() - start, stage.detail, tuple(stage.checks))
         self.stages = merged([*self.stages, report])
+        self.limits |= stage.limits
         if stage.raised is not None:
             self.raised[name] = stage.raised
         if not stage.usable:
@@ -167,6 +169,7 @@ class Run:
         for part in parts.values():
             self.blocked |= part.blocked
             self.raised = part.raised | self.raised
+            self.limits = part.limits | self.limits
 
 
 def _checks_of_ranks(reports: Mapping[int, StageReport], layout: Layout) -> tuple[Check, ...]:
@@ -225,11 +228,15 @@ class Stage:
     usable: bool = True
     checks: list[Check] = field(default_factory=list)
     raised: Raised | None = None
+    limits: dict[str, str] = field(default_factory=dict)
 
     def proved(self, proof: Proof) -> None:
         """Take over a named check: its findings, its outcome and what it looked at."""
         self.findings.extend(replace(finding, check=proof.name) for finding in proof.findings)
-        detail = f"{proof.owner}: {proof.limit} ({proof.detail})" if proof.limit else proof.detail
+        detail = proof.detail
+        if proof.limit:
+            self.limits[proof.name] = f"{proof.owner}: {proof.limit}"
+            detail = f"{self.limits[proof.name]} ({detail})"
         self.checks.append(Check(proof.name, Outcome(str(proof.outcome)), detail))
 
     @contextmanager

@@ -18,6 +18,7 @@ from harness.build import build_model
 from harness.finding import Finding
 from harness.inventory import parameters
 from harness.layout import Layout
+from harness.layout_rules import Owner
 from harness.proofs.coverage import parts, prove_coverage
 from harness.proofs.patterns import misspelt, modelopts_words
 from harness.proofs.proof import Outcome, Proof
@@ -62,7 +63,8 @@ PLAIN = (
 WEIGHTS_ONLY = ("int4_awq", "w4a16_nvfp4", "int4_blockwise_weight_only", "nvfp4_mlp_weight_only")
 EXPERTS_ONLY = ("nvfp4_experts_only", "nvfp4_experts_only-kv_fp8")
 # Their patterns for attention's output projection are Hugging Face's: Megatron's keeps its numbers.
-MLP_ONLY = ("nvfp4_mlp_only", "nvfp4_mlp_weight_only", "nvfp4_omlp_only", "nvfp4_omlp_only-kv_fp8")
+OMLP_ONLY = ("nvfp4_omlp_only", "nvfp4_omlp_only-kv_fp8")
+MLP_ONLY = ("nvfp4_mlp_only", "nvfp4_mlp_weight_only", *OMLP_ONLY)
 MAMBA_MOE = tuple(
     f"mamba_moe_{form}_{how}" for form in ("fp8", "nvfp4") for how in ("aggressive", "conservative")
 )
@@ -107,6 +109,10 @@ def errors(proof: Proof) -> list[Finding]:
     return [finding for finding in proof.findings if finding.is_error]
 
 
+def of_patterns(proof: Proof) -> list[Finding]:
+    return [finding for finding in proof.findings if "pattern " in finding.message]
+
+
 def roles_on(detail: str) -> set[Role]:
     """The roles of which matrices the detail line says that they are quantized, all of each."""
     found: set[Role] = set()
@@ -129,7 +135,8 @@ def test_roles(kind: str, recipe: str) -> None:
             quantized(kind, find_recipe(recipe))
         return
     proof = prove(kind, find_recipe(recipe))
-    assert (proof.name, proof.outcome, errors(proof)) == ("coverage", Outcome.PASSED, [])
+    outcome = Outcome.UNSUPPORTED if recipe in OMLP_ONLY and Role.PROJ in EVERY[kind] else Outcome.PASSED
+    assert (proof.name, proof.outcome, errors(proof)) == ("coverage", outcome, [])
     assert roles_on(proof.detail) == expected(kind, recipe)
     assert ("weights and inputs of" in proof.detail) == (recipe not in WEIGHTS_ONLY)
     assert ("keys and values of kv" in proof.detail) == (recipe in WITH_CACHE)
@@ -308,26 +315,89 @@ def test_a_misspelt_pattern(pattern: str, tmp_path: Path) -> None:
     assert f"matches nothing, though the model has such modules; '{meant}' would match" in wrong.message
 
 
+# Hugging Face's names of what the model has, and names of Megatron's put together wrongly.
+BY_OTHER_NAMES = {
+    "*block_sparse_moe*input_quantizer": ("expert fc1", EXPERT),
+    "*experts_fc1*input_quantizer": ("expert fc1", EXPERT),
+    "*lm_head*input_quantizer": ("output", "output_layer"),
+    "*self_attn*input_quantizer": ("qkv", "decoder.layers.0.self_attention.linear_qkv"),
+    "*.o_proj.input_quantizer": ("proj", "decoder.layers.0.self_attention.linear_proj"),
+    "*self_attn.[kv]_bmm_quantizer": ("kv", "decoder.layers.0.self_attention.core_attention"),
+}
+
+
+@pytest.mark.parametrize("pattern", BY_OTHER_NAMES)
+def test_a_pattern_for_what_the_model_has_by_another_name(pattern: str, tmp_path: Path) -> None:
+    role, module = BY_OTHER_NAMES[pattern]
+    (wrong,) = errors(prove("MoE", users(tmp_path, pattern)))
+    assert (wrong.module, wrong.actual) == (module, pattern)
+    assert wrong.message.endswith(
+        f"{tmp_path}/mine.yaml:7: pattern '{pattern}' of {tmp_path}/mine.yaml matches nothing, though the "
+        f"model has {role}, by Megatron's name {module.removeprefix('decoder.')}"
+    )
+
+
+def test_a_pattern_that_should_turn_off_what_the_model_has_by_another_name(tmp_path: Path) -> None:
+    recipe = users(tmp_path, "*o_proj*")
+    path = Path(recipe.name)
+    path.write_text(
+        path.read_text().replace("'*o_proj*'\n    cfg: {num_bits: e4m3}", "'*o_proj*'\n    enable: false")
+    )
+    (wrong,) = errors(prove("MoE", find_recipe(str(path))))
+    assert wrong.module == "decoder.layers.0.self_attention.linear_proj"
+    assert "pattern '*o_proj*'" in wrong.message
+
+
+def test_one_of_two_names_is_enough(tmp_path: Path) -> None:
+    recipe = users(tmp_path, "*mlp.experts*input_quantizer")
+    path = Path(recipe.name)
+    entry = "  - quantizer_name: '*block_sparse_moe*input_quantizer'\n    cfg: {num_bits: e4m3}\n"
+    path.write_text(path.read_text().replace("algorithm", entry + "algorithm"))
+    assert prove("MoE", find_recipe(str(path))).findings == prove("MoE", recipe).findings
+
+
+def test_a_recipe_of_modelopts_for_other_names_is_its_limit() -> None:
+    for name in OMLP_ONLY:
+        proof = prove("dense", find_recipe(name))
+        assert (proof.outcome, proof.owner, errors(proof)) == (Outcome.UNSUPPORTED, Owner.MODELOPT, [])
+        assert proof.limit is not None
+        assert (
+            f"pattern '*o_proj*weight_quantizer' of {name} matches nothing, though the model has proj"
+            in proof.limit
+        )
+        assert proof.limit.endswith("Megatron's name layers.0.self_attention.linear_proj (and 1 more such)")
+
+
+def test_what_no_entry_names_is_a_warning() -> None:
+    """A config for the cache alone: ModelOpt quantizes every matrix by its own default."""
+    (warning,) = prove("dense", find_recipe("fp8_kv")).findings
+    assert (warning.module, warning.is_error) == ("decoder.layers.0.self_attention.linear_qkv", False)
+    assert "weights are in int8, one of 9 such matrices: fp8_kv says nothing of them" in warning.message
+    assert prove("dense", find_recipe("fp8+fp8_kv")).findings == ()
+
+
 OTHERS = (
-    "*block_sparse_moe*input_quantizer",
-    "*lm_head*input_quantizer",
     "*mixer.in_proj*input_quantizer",
-    "*self_attn*input_quantizer",
-    "*.o_proj.input_quantizer",
-    "*x_proj*input_quantizer",
     "*layers.87.mlp*input_quantizer",
     "*p_bmm_quantizer",
     "*shared_experts*input_quantizer",
     "*linear_q_proj*input_quantizer",
     "*linear_kv_up_proj*input_quantizer",
-    "*vision_tower*",
+    "*shared_experts.gate_weight*",
 )
 
 
 @pytest.mark.parametrize("pattern", OTHERS)
 def test_a_pattern_for_other_layers_is_none(pattern: str, tmp_path: Path) -> None:
-    proof = prove("MoE", users(tmp_path, pattern))
-    assert errors(proof) == []
+    assert of_patterns(prove("MoE", users(tmp_path, pattern))) == []
+
+
+@pytest.mark.parametrize("pattern", ["*x_proj*input_quantizer", "*hyper_network*"])
+def test_words_that_no_one_else_has_are_a_warning(pattern: str, tmp_path: Path) -> None:
+    (warning,) = of_patterns(prove("MoE", users(tmp_path, pattern)))
+    assert not warning.is_error
+    assert f"mine.yaml:7: pattern '{pattern}'" in warning.message
+    assert warning.message.endswith("matches nothing, and no recipe of ModelOpt's has such a word")
 
 
 @pytest.mark.parametrize("kind", MODELS)

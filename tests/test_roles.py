@@ -12,7 +12,7 @@ from small_models import MODELS, model_of
 from harness.build import build_model
 from harness.inventory import parameters
 from harness.layout import Layout
-from harness.roles import Role, role_of
+from harness.roles import Role, is_part, role_of, spoken_of
 from harness.standins import installed
 from harness.standins.output import captured
 from harness.world import open_world
@@ -117,3 +117,43 @@ def test_modelopt_converts_what_the_role_says(name: str) -> None:
 def holds_a_matrix(module: torch.nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return weight is not None and weight.dim() > 1
+
+
+SPOKEN = {
+    "*mlp.experts*input_quantizer": Role.EXPERT_FC1,
+    "*block_sparse_moe*weight_quantizer": Role.EXPERT_FC1,
+    "*mlp.shared_expert.*": Role.SHARED_FC1,
+    "*mlp.shared_expert_gate.*": Role.SHARED_GATE,
+    "*mlp.gate.*": Role.ROUTER,
+    "*mlp.gate_proj.weight_quantizer": Role.FC1,
+    "*.mixer.down_proj.input_quantizer": Role.FC2,
+    "*mixer.in_proj*weight_quantizer": Role.MAMBA_IN,
+    "*linear_attn.in_proj_z*": Role.DELTA_IN,
+    "*self_attn.kv_b_proj*weight_quantizer": Role.LATENT_UP,
+    "*self_attn.q_a_proj*weight_quantizer": Role.LATENT_DOWN,
+    "*self_attn.q_proj*weight_quantizer": Role.QKV,
+    "*o_proj*weight_quantizer": Role.PROJ,
+    "*self_attn*weight_quantizer": Role.QKV,
+    "*[kv]_bmm_quantizer": Role.KV,
+    "*lm_head*": Role.OUTPUT,
+    "*layers.3.mlp*": Role.FC1,
+    "*fc2_latent_proj*": Role.EXPERT_LATENT_IN,
+    "*weight_quantizer": None,
+    "*": None,
+    "*vision_tower*": None,
+}
+
+
+@pytest.mark.parametrize(("pattern", "role"), SPOKEN.items(), ids=str)
+def test_what_a_pattern_speaks_of(pattern: str, role: Role | None) -> None:
+    assert next(iter(spoken_of(pattern)), None) is role
+
+
+def test_names_of_parts() -> None:
+    names = ("linear_qkv", "linear_kv_up_proj", "in_proj", "gate_weight", "experts", "x_proj", "linear_fc3")
+    assert [name for name in names if is_part(name)] == [
+        "linear_qkv",
+        "linear_kv_up_proj",
+        "in_proj",
+        "gate_weight",
+    ]

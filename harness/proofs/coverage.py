@@ -6,19 +6,22 @@ recipe's own entries: the model is only asked which of its quantizers are on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from harness.finding import Finding, Severity
+from harness.build import short
+from harness.case import COVERAGE
+from harness.finding import Finding, Severity, has_errors
 from harness.inventory import Shape, parameters
-from harness.proofs.patterns import idle, misspelt, words
-from harness.proofs.proof import Proof, finding, judged
+from harness.layout_rules import Owner
+from harness.proofs.patterns import idle, misspelt, strange, unreached, words
+from harness.proofs.proof import Proof, finding, judged, unsupported
 from harness.rank import Rank
-from harness.recipes import Recipe
+from harness.recipes import Entry, Recipe
 from harness.roles import Role, role_of
 from harness.sharding import rank_parameters
 from harness.standins.output import import_foreign
@@ -72,20 +75,29 @@ def prove_coverage(
 
     ``architecture`` is the model's own, ``rank`` the one of ``layout`` that ``model`` is of, by default the
     first. Errors: a quantizer that is off and should be on, or the other way round, at its module; an entry
-    of the recipe that turns on nothing, though one edit away it would. Warnings: matrices that the recipe
-    means and ModelOpt has no quantized form of. Raises UnevenSplit or UnevenStages for a rank that cannot be.
+    of the recipe that turns on nothing, though one edit away it would, or though the model has what it speaks
+    of under another name. Where that entry is ModelOpt's own, no one else can mend it: unsupported. Warnings:
+    an entry with words that no one else knows; matrices that the recipe means and ModelOpt has no quantized
+    form of; matrices that no entry names, which ModelOpt leaves on, in int8. Raises UnevenSplit or
+    UnevenStages for a rank that cannot be.
     """
     rank = rank or Rank(0)
     shapes = rank_parameters(architecture, layout, rank)
     own = parts(architecture, layout, shapes, last=rank.pp == layout.pp - 1)
     every = parts(architecture, layout, parameters(architecture), last=True)
     actual = enabled(model)
-    findings = [
-        *_misspelt(recipe, every, actual),
+    names = dict.fromkeys([name for part in every for name in part.quantizers] + list(actual))
+    limit, idle_entries = _idle(recipe, tuple(names))
+    findings = (
+        *idle_entries,
         *_deviations(recipe, own, actual),
         *_without_a_form(recipe, own),
-    ]
-    return judged("coverage", findings, _detail(recipe, own, every, actual, shapes, architecture, layout))
+        *_by_default(recipe, own),
+    )
+    detail = _detail(recipe, own, every, actual, shapes, architecture, layout)
+    if limit and not has_errors(findings):
+        return replace(unsupported(COVERAGE, Owner.MODELOPT, limit, detail), findings=findings)
+    return judged(COVERAGE, findings, detail)
 
 
 def parts(
@@ -141,14 +153,38 @@ def placed(quantizer: str) -> tuple[str, str]:
 # ---- what is wrong ----
 
 
-def _misspelt(recipe: Recipe, every: Sequence[Part], actual: Iterable[str]) -> Iterator[Finding]:
-    names = dict.fromkeys([name for part in every for name in part.quantizers])
-    for found in misspelt(recipe, names | dict.fromkeys(actual)):
-        module, _ = placed(found.quantizer)
-        where = f"{found.entry.place}: " if found.entry.place else ""
-        what = f"{where}pattern {found.entry.pattern!r} of {recipe.name} matches nothing, "
-        what += f"though the model has such modules; {found.meant!r} would match"
-        yield finding(module, what, found.meant, found.entry.pattern)
+def _idle(recipe: Recipe, names: tuple[str, ...]) -> tuple[str, list[Finding]]:
+    """What entries that fit nothing come to: a limit of ModelOpt's, empty for none, and findings."""
+    limits: list[str] = []
+    findings: list[Finding] = []
+    said: set[str] = set()
+    for wrong in misspelt(recipe, names):
+        what = f"matches nothing, though the model has such modules; {wrong.meant!r} would match"
+        findings.append(_of_entry(recipe, wrong.entry, what, wrong.quantizer, wrong.meant))
+        said.add(wrong.entry.pattern)
+    for missed in unreached(recipe, names):
+        module, _ = placed(missed.quantizer)
+        what = f"matches nothing, though the model has {missed.role}, by Megatron's name {short(module)}"
+        if missed.entry.shipped:
+            limits.append(f"{_spelt(recipe, missed.entry)} {what}")
+        elif missed.entry.pattern not in said:
+            findings.append(_of_entry(recipe, missed.entry, what, missed.quantizer, None))
+        said.add(missed.entry.pattern)
+    for entry in strange(recipe, names):
+        if entry.pattern not in said:
+            what = f"{_spelt(recipe, entry)} matches nothing, and no recipe of ModelOpt's has such a word"
+            findings.append(finding(None, what, severity=Severity.WARNING))
+    more = f" (and {len(limits) - 1} more such)" if len(limits) > 1 else ""
+    return "".join([*limits[:1], more]), findings
+
+
+def _of_entry(recipe: Recipe, entry: Entry, what: str, quantizer: str, meant: str | None) -> Finding:
+    return finding(placed(quantizer)[0], f"{_spelt(recipe, entry)} {what}", meant, entry.pattern)
+
+
+def _spelt(recipe: Recipe, entry: Entry) -> str:
+    where = f"{entry.place}: " if entry.place else ""
+    return f"{where}pattern {entry.pattern!r} of {recipe.name}"
 
 
 def _deviations(recipe: Recipe, own: Sequence[Part], actual: Mapping[str, Stages]) -> Iterator[Finding]:
@@ -194,6 +230,22 @@ def _without_a_form(recipe: Recipe, own: Sequence[Part]) -> Iterator[Finding]:
         what = f"stays in bf16, one of {len(meant)} such matrices ({roles}): ModelOpt has no quantized form "
         what += f"of the class that Megatron makes them of, though {recipe.name} means them"
         yield finding(meant[0].path, what, "on", "off", severity=Severity.WARNING)
+
+
+def _by_default(recipe: Recipe, own: Sequence[Part]) -> Iterator[Finding]:
+    """One warning for all matrices that are quantized because no entry says that they are not."""
+    left = [
+        part
+        for part in own
+        if "weight" in part.sides
+        and not any(
+            entry.fits(f"{part.path}.weight_quantizer", part.role.parent_class) for entry in recipe.entries
+        )
+    ]
+    if left:
+        what = f"weights are in int8, one of {len(left)} such matrices: {recipe.name} says nothing of them, "
+        what += "and ModelOpt leaves on what no entry turns off"
+        yield finding(left[0].path, what, None, "int8", severity=Severity.WARNING)
 
 
 # ---- what is there ----

@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 
 from harness.recipes import Entry, Recipe, find_recipe, names
+from harness.roles import Role, is_part, role_of, spoken_of
 
 _LITERAL = re.compile(r"\[[^\]]*\]|[*?.]")  # what stands between the words of a pattern
 _NUMBER = re.compile(r"(?<![A-Za-z_\d])\d+(?![A-Za-z_\d])")
@@ -48,6 +49,64 @@ def misspelt(recipe: Recipe, quantizers: Collection[str]) -> tuple[Misspelt, ...
         if meant is not None:
             found.append(Misspelt(entry, *meant))
     return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Unreached:
+    """An entry that fits nothing, what it speaks of, and such a quantizer, which no other entry names."""
+
+    entry: Entry
+    role: Role
+    quantizer: str
+
+
+def unreached(recipe: Recipe, quantizers: Collection[str]) -> tuple[Unreached, ...]:
+    """The entries that fit nothing and speak of modules which the model has under another name.
+
+    Not where another entry that names such modules fits them: recipes spell out one thing in several
+    naming schemes. Of entries that turn off, those of the user's own whose modules are left on: ModelOpt's
+    leave out the parts of many models.
+    """
+    quantizers = _kinds(recipe, quantizers)
+    found = []
+    for entry in recipe.entries:
+        if entry.shipped and not entry.enable:
+            continue
+        attribute = entry.pattern.rpartition(".")[2].rpartition("*")[2]
+        roles = spoken_of(entry.pattern)
+        mine = {
+            name: role
+            for name in quantizers
+            if (role := role_of(name)) in roles and (fnmatchcase(name, f"*{attribute}") or not entry.enable)
+        }
+        if not mine or _fits(_NUMBER.sub("*", entry.pattern), quantizers):
+            continue
+        others = [
+            each.pattern
+            for each in recipe.entries
+            if each is not entry and each.enable == entry.enable and spoken_of(each.pattern)
+        ]
+        if any(_fits(pattern, mine) for pattern in others):
+            continue
+        name = next((name for name in mine if entry.enable or _is_on(recipe, name)), None)
+        if name is not None:
+            found.append(Unreached(entry, mine[name], name))
+    return tuple(found)
+
+
+def _is_on(recipe: Recipe, quantizer: str) -> bool:
+    path, _, attribute = quantizer.rpartition(".")
+    return bool(recipe.formats_of(path, attribute))
+
+
+def strange(recipe: Recipe, quantizers: Collection[str]) -> tuple[Entry, ...]:
+    """Those of the idle entries of which some word is neither Megatron's nor in any recipe of ModelOpt's."""
+    known = modelopts_words() | _words_of(tuple(_kinds(recipe, quantizers)))
+    return tuple(
+        entry
+        for entry in idle(recipe, quantizers)
+        if any(not any(word in each for each in known) and not is_part(word) for word in words(entry.pattern))
+    )
 
 
 def _kinds(recipe: Recipe, quantizers: Collection[str]) -> Collection[str]:

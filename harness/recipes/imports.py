@@ -17,7 +17,7 @@ from typing import Any
 
 from harness.recipes import schema as schemas
 from harness.recipes.located import Items, Place, Table, plain, wrong
-from harness.recipes.modelopt import library
+from harness.recipes.modelopt import LIBRARY, library
 from harness.recipes.schema import CHILD_SCHEMA, ITEM_SCHEMA, check, check_keys, schema_named, with_bits
 
 _IMPORT = "$import"
@@ -47,7 +47,7 @@ class Imported:
 def shown(path: Path) -> str:
     """A file as messages name it: within ModelOpt's library by its place there."""
     root = library()
-    return f"modelopt_recipes/{path.relative_to(root)}" if path.is_relative_to(root) else str(path)
+    return f"{LIBRARY}/{path.relative_to(root)}" if path.is_relative_to(root) else str(path)
 
 
 def find_file(name: str) -> Path | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from harness.errors import UnknownRecipe
 
+LIBRARY = "modelopt_recipes"  # the package of its YAML files
 CONFIG_MODULE = "modelopt.torch.quantization.config"
 _LOADER = "_load_quantize_config_dict"
 
@@ -45,7 +46,7 @@ def package(name: str) -> Path:
 
 def library() -> Path:
     """The folder of the recipes that ModelOpt ships."""
-    return package("modelopt_recipes")
+    return package(LIBRARY)
 
 
 @cache

@@ -17,6 +17,7 @@ from typing import Any
 
 from harness.recipes.format import Format, pairs
 from harness.recipes.located import Items, Table, plain
+from harness.recipes.modelopt import LIBRARY
 from harness.roles import role_of
 
 # Calibration that moves a scale per input channel from the activations into the weights. ``awq_clip`` by
@@ -62,6 +63,15 @@ class Entry:
     formats: tuple[Format, ...] | None
     sequential: bool = False
     place: str = field(default="", compare=False)
+
+    @property
+    def shipped(self) -> bool:
+        """Whether it stands in a file that ModelOpt brings along."""
+        return self.place.startswith(f"{LIBRARY}/")
+
+    def fits(self, quantizer: str, parent_class: str | None = None) -> bool:
+        """Whether it applies to the quantizer of that path, of a module that ModelOpt knows by that class."""
+        return self.parent_class in (None, parent_class) and fnmatchcase(quantizer, self.pattern)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,9 +240,9 @@ def _applied(recipe: Recipe, path: str, which: str, parent_class: str | None) ->
     ]
     sequential = False
     for entry in recipe.entries:
-        if entry.parent_class is not None and entry.parent_class != parent_class:
+        if entry.parent_class not in (None, parent_class):
             continue
-        if fnmatchcase(name, entry.pattern):
+        if entry.fits(name, parent_class):
             if entry.formats is not None:
                 stages = [(format, entry.enable) for format in entry.formats]
                 sequential = entry.sequential
