@@ -28,9 +28,18 @@ _E2M1 = {E4M3: 0.0951, E8M0: 0.1158}
 # An integer's step is a share of the largest number that has the same scale. Of n normal numbers in a block
 # that is about sqrt(2 ln n) standard deviations; of a whole row of weights, or of all, less than these.
 _LARGEST_IN_ROW, _LARGEST_IN_WEIGHTS = 4.0, 5.5
-# Activations have longer tails: of squares of normal numbers the largest are 10 to 15 standard deviations,
-# of what a norm gives 4 to 5; one product follows the other.
-_LARGEST_IN_INPUTS = 8.0
+# Activations have longer tails, by where they come from: out of a norm 4 to 5.5 standard deviations, out of
+# attention 6 to 10, out of a product of two numbers or a square 15 to 18, and out of a mixer that multiplies
+# by a gate what it has summed up over the sequence 22 to 37. A matrix has its inputs from one of these.
+_LARGEST_FROM_NORM, _LARGEST_FROM_ATTENTION = 6.0, 10.0
+_LARGEST_IN_INPUTS = {
+    Role.PROJ: _LARGEST_FROM_ATTENTION,
+    Role.FC2: 18.0,
+    Role.EXPERT_FC2: 18.0,
+    Role.SHARED_FC2: 18.0,
+    Role.MAMBA_OUT: 32.0,
+    Role.DELTA_OUT: 32.0,
+}
 
 # Were nothing but rounded products in the way of a token, their errors would add up in squares. The residual
 # stream, which no recipe rounds, keeps the sum below that: 0.4 to 0.95 of it in forty models of every kind
@@ -77,13 +86,14 @@ _TURN = {
 }
 
 
-def rounding_error(form: Format, inputs: bool = False) -> float:
+def rounding_error(form: Format, largest_input: float | None = None) -> float:
     """The relative error that ``form`` makes of normal numbers, root mean square.
 
-    ``inputs`` have longer tails. An upper bound where a scale comes from more numbers than it must.
+    Those of a matrix, or activations of which the largest is so many standard deviations. An upper bound
+    where a scale comes from more numbers than it must.
     """
     if isinstance(form.num_bits, int):
-        return _of_integers(form, inputs)
+        return _of_integers(form, largest_input)
     if form.num_bits == E2M1:
         scale = form.scale_bits if isinstance(form.scale_bits, tuple) else E8M0
         return _E2M1.get(scale, max(_E2M1.values()))
@@ -94,7 +104,7 @@ def rounding_error(form: Format, inputs: bool = False) -> float:
     return 0.212 * math.ldexp(1.0, -form.num_bits[1])
 
 
-def _of_integers(form: Format, inputs: bool) -> float:
+def _of_integers(form: Format, largest_input: float | None) -> float:
     assert isinstance(form.num_bits, int)
     steps = (1 << (form.num_bits - 1)) - 1
     size = math.prod(size for _, size in form.partial_blocks)
@@ -102,8 +112,8 @@ def _of_integers(form: Format, inputs: bool) -> float:
         largest = math.sqrt(2 * math.log(size))
         # A power of two leaves up to half of the range unused.
         largest *= math.sqrt(2) if form.scale_bits == E8M0 else 1
-    elif inputs:
-        largest = _LARGEST_IN_INPUTS
+    elif largest_input is not None:
+        largest = largest_input
     else:
         per_row = form.axis is not None or bool(form.blocks)
         largest = _LARGEST_IN_ROW if per_row else _LARGEST_IN_WEIGHTS
@@ -138,14 +148,21 @@ def _each(recipe: Recipe, architecture: Architecture) -> Iterator[tuple[str, int
 
 
 def _of_matrix(recipe: Recipe, path: str) -> float:
+    role = role_of(path)
+    assert role is not None
     weights, inputs = recipe.formats_of(path, _WEIGHTS), recipe.formats_of(path, _INPUTS)
-    return in_squares([*map(rounding_error, weights), *(rounding_error(each, True) for each in inputs)])
+    largest = _LARGEST_IN_INPUTS.get(role, _LARGEST_FROM_NORM)
+    return in_squares([*map(rounding_error, weights), *(rounding_error(each, largest) for each in inputs)])
 
 
 def _of_cache(recipe: Recipe, path: str) -> float:
     # Values average as they are; an error of a query or a key moves a score of about one by as much.
     return in_squares(
-        [rounding_error(each, True) for which in _CACHE for each in recipe.formats_of(path, which)]
+        [
+            rounding_error(each, _LARGEST_FROM_ATTENTION)
+            for which in _CACHE
+            for each in recipe.formats_of(path, which)
+        ]
     )
 
 
