@@ -118,8 +118,8 @@ def test_recipe_goes_through(name: str, recipe: Recipe, capfd: pytest.CaptureFix
     assert errors(result) == []
     assert result.quantizers == len(result.matrices) * (len(recipe.weights) + bool(recipe.inputs))
     assert result.error is not None and 0 < result.error < largest_error(recipe, small)
-    # Some of the bound is used up: it means something for every kind of layer. Least by GPT-2 with SmoothQuant,
-    # whose activation is no product and whose tails are smoothed.
+    # Some of the bound is used up: it means something for every kind of layer. Least by GPT-2 smoothed,
+    # whose activation is no product.
     assert result.error > largest_error(recipe, small) / 7
     assert (result.error_when_off == 0) == (not recipe.folds_scales)
     assert "Inserted" in result.log

@@ -38,10 +38,16 @@ def fake_quantize(
     return round_to_e2m1(blocks / scale).mul_(scale).view(padded.shape).to(inputs.dtype)[..., :width]
 
 
+_FLOAT32_EXPONENT = 0x7F800000
+
+
 def round_to_e2m1(values: torch.Tensor) -> torch.Tensor:
     """Float32 ``values`` rounded in place to the nearest number of E2M1, ties to even, beyond it to 6."""
-    magnitude = values.abs()
-    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    # With one bit of mantissa, steps are half of the power of two below a number, and below 1 half of 1; the
+    # power of two is what the number's exponent bits say alone.
+    step = values.abs().clamp_(1.0, E2M1_MAX)
+    step.view(torch.int32).bitwise_and_(_FLOAT32_EXPONENT)
+    step.mul_(0.5)
     # Halfway goes to the even multiple of the step: to the even mantissa.
     return values.div_(step).round_().mul_(step).clamp_(-E2M1_MAX, E2M1_MAX)
 

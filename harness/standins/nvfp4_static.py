@@ -44,7 +44,7 @@ def fake_quantize(
     scale = scale.reshape(-1, 1)
     usable = torch.where((scale == 0) | ~torch.isfinite(scale), 1.0, scale)
     blocks = x.float().reshape(amax.numel(), -1)
-    rounded = torch.where(scale == 0, 0.0, round_to_e2m1(blocks / usable).mul_(usable))
+    rounded = round_to_e2m1(blocks / usable).mul_(torch.where(scale == 0, 0.0, usable))
     return rounded.view(x.shape).to(out_dtype or x.dtype)
 
 
