@@ -21,6 +21,7 @@ from harness.proofs import state, weights
 from harness.recipes import find_recipe
 from harness.report import from_json, to_json
 from harness.standins import installed
+from harness.standins.kv_cache import quantized_attention
 from harness.standins.output import captured
 from harness.world import open_world, receiving
 
@@ -166,6 +167,16 @@ def test_a_scale_that_no_checkpoint_holds(monkeypatch: pytest.MonkeyPatch) -> No
     report = check(replace(CASE, layout=Layout(tp=2)))
     assert (failed(report), modules(report)) == (["sharding"], {FC1})
     assert failed(check(replace(CASE, prove=("state",)))) == ["sharded state"], "on one rank nothing is split"
+
+
+def test_scales_of_the_cache_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attention stand-in must keep extra state, as Transformer Engine's does."""
+    case = replace(CASE, recipe="fp8+fp8_kv", prove=("state",))
+    assert failed(check(case)) == []
+    monkeypatch.delattr(quantized_attention(), "get_extra_state")
+    report = check(case)
+    assert failed(report) == ["sharded state"]
+    assert all(module and module.endswith("core_attention") for module in modules(report))
 
 
 def test_a_state_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

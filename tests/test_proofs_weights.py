@@ -202,16 +202,15 @@ def test_a_weight_packed_otherwise_is_found(
     assert finding.message.startswith(f"layers.1.mlp.linear_fc1  {words}")
 
 
-def test_blocks_that_run_across_rows_are_found() -> None:
+def test_blocks_that_run_across_rows_are_modelopts_limit() -> None:
     """ModelOpt packs int4 as one long row: of a width that blocks do not divide, others share a scale."""
-    proof = prove(quantized("latent attention", "INT4_AWQ_CFG"), "INT4_AWQ_CFG", 0.5)
-    assert [finding.module for finding in proof.findings] == [
-        "decoder.layers.0.self_attention.linear_q_up_proj",
-        "decoder.layers.0.self_attention.linear_kv_up_proj",
-        "decoder.layers.1.self_attention.linear_q_up_proj",
-        "decoder.layers.1.self_attention.linear_kv_up_proj",
-        "decoder.layers.1.mlp.shared_experts.linear_fc2",
-    ]
+    case = quantized("latent attention", "INT4_AWQ_CFG")
+    proof = prove(case, "INT4_AWQ_CFG", 0.5)
+    assert (proof.outcome, proof.owner, proof.findings) == (Outcome.UNSUPPORTED, Owner.MODELOPT, ())
+    assert proof.limit == "mtq.compress packs all rows as one, so that blocks of 128 reach over rows of 96"
+    assert proof.detail.endswith("linear_q_up_proj would share scales between rows")
+    with captured():
+        assert torch.equal(case.run(case.model), case.after), "left as it was"
 
 
 def test_weights_that_the_config_does_not_mean_are_found() -> None:

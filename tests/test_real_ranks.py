@@ -12,7 +12,7 @@ from small_models import DENSE, MODELS, SPARSE, model_of
 
 from harness import rank_model, sharding
 from harness.architecture import Architecture
-from harness.case import Outcome, StageReport
+from harness.case import PROOFS, Outcome, StageReport
 from harness.errors import RankLost
 from harness.layout import Layout
 from harness.rank import Rank
@@ -32,11 +32,12 @@ def compared(
     text: str,
     recipe: str = "fp8",
     main: Callable[[Run, Job, torch.device], Outputs] = run_rank,
+    prove: tuple[str, ...] = (),
 ) -> Run:
     """What the ranks of a layout did and found, compared with one rank."""
     run, layout = Run(), Layout.parse(text)
     length = sequence_length(small, layout)
-    job = Job(small, find_recipe(recipe), layout, Rank(0), torch.bfloat16, length)
+    job = Job(small, find_recipe(recipe), layout, Rank(0), torch.bfloat16, length, prove=prove)
     with captured(), installed(CPU, small):
         compare_ranks(run, job, CPU, main)
     return run
@@ -89,6 +90,19 @@ def test_scales_chosen_on_each_rank_alone_are_a_warning(text: str, recipe: str, 
     assert f"{algorithm} chooses its scales on each rank alone" in warning.message
     assert not messages(run)
     assert not compared(model_of(SPARSE), "pp2", recipe).findings
+
+
+@pytest.mark.parametrize("text", ["tp2", "pp2", "ep2"])
+def test_ranks_prove_what_they_are_asked_to(text: str) -> None:
+    run = compared(model_of(SPARSE), text, prove=PROOFS)
+    assert not messages(run)
+    found = {check.name: check for check in stage(run, "quantize").checks}
+    assert {"coverage", "sharding", "state", "sharded state", "weights", "backward"} < set(found)
+    for name, check in found.items():
+        # A gradient would have to cross the stages.
+        skipped = (text, name) == ("pp2", "backward")
+        assert check.outcome is (Outcome.SKIPPED if skipped else Outcome.PASSED), name
+        assert f" of {Layout.parse(text)}: " in check.detail or skipped
 
 
 # Broken on purpose, in the process of one rank

@@ -47,7 +47,7 @@ def prove_weights(
     within one step of its format of the fake-quantized one. Unsupported, with ModelOpt's words, where a
     format has no real form; the model is then left as it was.
     """
-    refusal = refused(model)
+    refusal = refused(model, config)
     if refusal is not None:
         return unsupported(NAME, Owner.MODELOPT, *refusal)
     before = rounded(model, config)
@@ -63,10 +63,11 @@ def prove_weights(
     )
 
 
-def refused(model: nn.Module) -> tuple[str, str] | None:
+def refused(model: nn.Module, config: Mapping[str, Any]) -> tuple[str, str] | None:
     """What ModelOpt says where it cannot pack a weight, or use it packed, and which that is; else None.
 
-    One weight of each format is tried, on a copy of its quantizer.
+    One weight of each format is tried, on a copy of its quantizer, and each whose rows end in a partial
+    block.
     """
     tried: set[str] = set()
     for path, module in _matrices(model):
@@ -77,6 +78,11 @@ def refused(model: nn.Module) -> tuple[str, str] | None:
             if words is not None:
                 return words, f"{path} has no real form"
     for path, module in _matrices(model):
+        meant = weight_format(config, path)
+        if meant is not None and _runs_over(module, meant):
+            words = "mtq.compress packs all rows as one, so that blocks of "
+            words += f"{meant.columns} reach over rows of {module.weight.shape[-1]}"
+            return words, f"{path} would share scales between rows"
         if _forgets(module):
             words = "mtq.compress takes the largest number of each block, whatever amax calibration chose"
             return words, f"{path} has amax that calibration chose"
@@ -98,6 +104,19 @@ def _refusal(module: Any) -> str | None:
         # The next stage packs what the first has unpacked, and the product is given no tensor.
         return f"its stages in a row give the matrix product a {type(used).__name__} in place of a tensor"
     return None
+
+
+def _runs_over(module: Any, form: WeightFormat) -> bool:
+    """Whether rows end in a partial block, and the packed weight then is another than the fake-quantized."""
+    weight = module.weight.detach()
+    if form.columns is None or not weight.shape[-1] % form.columns:
+        return False
+    first = _stages(module.weight_quantizer)[0]
+    packing = copy.deepcopy(first)
+    packing._fake_quant = False
+    with torch.no_grad():
+        found = packing(QTensorWrapper(packing(weight)))
+        return bool(((found.float() - first(weight).float()).abs() > step(form, weight)).any())
 
 
 def _forgets(module: Any) -> bool:

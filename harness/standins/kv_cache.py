@@ -47,6 +47,14 @@ def quantized_attention() -> type[Any]:
                 **more,
             )
 
+        # torch asks a module for extra state where its class has these, as Transformer Engine's has; ModelOpt
+        # then puts its own in their place on the instance, and keeps in it how the quantizers are set.
+        def get_extra_state(self) -> Any:
+            return None
+
+        def set_extra_state(self, state: Any) -> None:
+            pass
+
         def modelopt_post_restore(self, name: str = "") -> None:
             """Raises NotImplementedError for a bias per head and channel, as ModelOpt's own does."""
             quantizers = (self.q_bmm_quantizer, self.k_bmm_quantizer, self.v_bmm_quantizer)
