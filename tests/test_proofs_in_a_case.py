@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,6 +154,39 @@ def test_blocks_that_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
     report = check(replace(CASE, recipe="nvfp4"))
     # What the quantizer was told and what it did are two questions.
     assert (failed(report), modules(report)) == (["coverage", "blocks"], {FC1})
+
+
+def test_a_block_misaligned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a quantizer that is set as the recipe says, and does otherwise."""
+
+    def with_blocks_of(size: int) -> Callable[..., None]:
+        def set_blocks(quantizer: Any, *args: Any) -> None:
+            quantizer.block_sizes[-1] = size
+
+        return set_blocks
+
+    def change(model: Any) -> None:
+        quantizer = model.get_submodule(FC1).weight_quantizer
+        quantizer.register_forward_pre_hook(with_blocks_of(48))
+        quantizer.register_forward_hook(with_blocks_of(16))
+
+    broken_by(monkeypatch, change)
+    report = check(replace(CASE, recipe="nvfp4"))
+    assert (failed(report), modules(report)) == (["blocks"], {FC1})
+    assert "weight_quantizer used blocks of 48, nvfp4 gives it blocks of 16" in report.findings[0].message
+
+
+def test_a_pattern_misspelt(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    entries = ["{quantizer_name: '*', enable: false}"]
+    entries += ["{quantizer_name: '*weight_quantizer', cfg: {num_bits: e4m3}}"]
+    entries += ["{quantizer_name: '*linear_qvk.input_quantizer', cfg: {num_bits: e4m3}}"]
+    path.write_text("quant_cfg:\n" + "".join(f"  - {entry}\n" for entry in entries) + "algorithm: max\n")
+    report = check(replace(CASE, recipe=str(path)))
+    assert failed(report) == ["coverage"]
+    assert modules(report) == {"decoder.layers.0.self_attention.linear_qkv"}
+    (finding,) = (finding for finding in report.findings if finding.is_error)
+    assert f"{path}:4: pattern '*linear_qvk.input_quantizer'" in finding.message
 
 
 def test_a_scale_that_no_checkpoint_holds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,11 @@
 """Cost of a case against the bare work in it: ``python tests/benchmarks/cost.py [RUNS] [RECIPE...]``.
 
-Bare work is building the same small model, a forward pass, ``mtq.quantize`` over the same calibration tokens
-and a forward pass; a case also reads, audits, shrinks, checks and reports. Both in processor time of this
-process and its threads, the median of RUNS (3 unless given) after one that warms up, in turns, so that
-a busy machine slows both. One dense, one MoE and one hybrid preset; every recipe of the default set unless
-some are named, or ``all``. A case that does not pass has no cost: its outcome is printed in place of a ratio.
+Bare work is opening the process groups that Megatron needs, building the same small model, a forward pass,
+``mtq.quantize`` over the same calibration tokens and a forward pass; a case also reads, audits, shrinks,
+checks and reports. Both in processor time of this process and its threads, the median of RUNS (3 unless given)
+after one that warms up, in turns, so that a busy machine slows both. One dense, one MoE and one hybrid preset;
+every recipe of the default set unless some are named, or ``all``. A case that does not pass has no cost: its
+outcome is printed in place of a ratio.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ CPU, ONE = torch.device("cpu"), Layout()
 
 def bare(small: Architecture, recipe: Recipe, tokens: torch.Tensor) -> None:
     """What anyone would run to try a recipe on a model. Call it where stand-ins are installed."""
-    with captured():
+    with captured(), open_world(ONE, CPU):
         model = build_model(small, ONE, CPU, 1234)
         first = tokens[:BATCH_SIZE]
         forward(model, first)
@@ -70,7 +71,7 @@ def measure(case: Case, small: Architecture, recipe: Recipe, runs: int) -> tuple
         whole = seconds(lambda: reports.append(check(case)))
         if reports[-1].outcome is not Outcome.PASSED:
             return 0.0, whole, reports[-1]
-        with installed(CPU, small), open_world(ONE, CPU):
+        with installed(CPU, small):
             times[0].append(seconds(lambda: bare(small, recipe, tokens)))
         times[1].append(whole)
     return median(times[0][1:]), median(times[1][1:]), reports[-1]
