@@ -1,11 +1,11 @@
 """Cost of a case against the bare work in it: ``python tests/benchmarks/cost.py [RUNS] [RECIPE...]``.
 
-Bare work is opening the process groups that Megatron needs, building the same small model, a forward pass,
-``mtq.quantize`` over the same calibration tokens and a forward pass; a case also reads, audits, shrinks,
-checks and reports. Both in processor time of this process and its threads, the median of RUNS (3 unless given)
-after one that warms up, in turns, so that a busy machine slows both. One dense, one MoE and one hybrid preset;
-every recipe of the default set unless some are named, or ``all``. A case that does not pass has no cost: its
-outcome is printed in place of a ratio.
+Bare work is opening the process groups that Megatron needs, building the same small model, a forward
+pass, ``mtq.quantize`` over the same calibration tokens and a forward pass; a case also reads, audits,
+shrinks, checks and reports. Both in processor time of this process and its threads, the median of RUNS (3
+unless given) after one that warms up, in turns, so that a busy machine slows both. One dense, one MoE and
+one hybrid preset; every recipe of the default set unless some are named, or ``all``. A case that does not
+pass has no cost: its outcome is printed in place of a ratio.
 """
 
 from __future__ import annotations
