@@ -58,7 +58,9 @@ Tree = Annotated[
 Json = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="write the JSON document, - for stdout")
 ]
-Recipes = Annotated[list[str] | None, typer.Option("--recipe", help="a recipe, several with commas, or all")]
+Recipes = Annotated[
+    list[str] | None, typer.Option("--recipe", help="a recipe, several with commas, default or all")
+]
 Layouts = Annotated[
     list[str] | None, typer.Option("--layout", help="parallel sizes: tp2, or tp8,ep4,etp1,pp2")
 ]

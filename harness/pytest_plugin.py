@@ -70,7 +70,9 @@ _REPORT = pytest.StashKey[CaseReport]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("harness", "Megatron-LM model presets")
-    group.addoption("--recipe", action="append", default=[], help="a recipe, several with commas, or all")
+    group.addoption(
+        "--recipe", action="append", default=[], help="a recipe, several with commas, default or all"
+    )
     group.addoption("--layout", action="append", default=[], help="parallel sizes: tp2, or tp8,ep4,etp1,pp2")
     group.addoption(
         "--ranks",

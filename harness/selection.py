@@ -25,14 +25,16 @@ def default_tree() -> Path:
 
 
 def recipes_named(texts: Iterable[str]) -> tuple[Recipe, ...]:
-    """Recipes of these names, each text one, several with commas, or ``all``; none means the default ones.
+    """Recipes of these names, each text one, or several with commas; ``all`` and ``default`` are sets of them.
 
-    Raises UnknownRecipe.
+    None means the default ones. Raises UnknownRecipe.
     """
+    sets = {"all": recipes, "default": lambda: map(find_recipe, DEFAULT_RECIPES)}
     names = [name.strip() for text in texts for name in text.split(",") if name.strip()]
-    if any(name.lower() == "all" for name in names):
-        return recipes()
-    return tuple(dict.fromkeys(map(find_recipe, names or DEFAULT_RECIPES)))
+    found: list[Recipe] = []
+    for name in names or ["default"]:
+        found += sets[name.lower()]() if name.lower() in sets else [find_recipe(name)]
+    return tuple(dict.fromkeys(found))
 
 
 def proofs_named(texts: Iterable[str]) -> tuple[str, ...]:
