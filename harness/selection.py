@@ -25,15 +25,19 @@ def default_tree() -> Path:
 
 
 def recipes_named(texts: Iterable[str]) -> tuple[Recipe, ...]:
-    """Recipes of these names, each text one, or several with commas; ``all`` and ``default`` are sets of them.
+    """Recipes of these names, each text one, or several with commas; none means ``default``.
 
-    None means the default ones. Raises UnknownRecipe.
+    ``default`` and ``all`` are sets of them. Raises UnknownRecipe.
     """
-    sets = {"all": recipes, "default": lambda: map(find_recipe, DEFAULT_RECIPES)}
     names = [name.strip() for text in texts for name in text.split(",") if name.strip()]
     found: list[Recipe] = []
     for name in names or ["default"]:
-        found += sets[name.lower()]() if name.lower() in sets else [find_recipe(name)]
+        if name.lower() == "all":
+            found.extend(recipes())
+        elif name.lower() == "default":
+            found.extend(map(find_recipe, DEFAULT_RECIPES))
+        else:
+            found.append(find_recipe(name))
     return tuple(dict.fromkeys(found))
 
 
