@@ -1,20 +1,19 @@
 """Calibration: a model -> the tokens that it is calibrated with, enough for every expert to see some.
 
-Routing by random weights is uneven, so how many that takes shows only in the passes themselves.
+Routing by random weights is uneven, so how many that takes shows only in forward passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import pairwise
-from math import ceil
+from collections.abc import Mapping
+from math import ceil, inf
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from harness.routing import TokenCount
-from harness.trace import BATCH_SIZE, sequence_length, token_ids
+from harness.routing import Pass, counting
+from harness.trace import BATCH_SIZE, forward, sequence_length, token_ids
 
 if TYPE_CHECKING:
     from harness.architecture import Architecture
@@ -28,44 +27,50 @@ LEAST_TOKENS = 2
 class Calibration:
     """Runs a model over calibration tokens, as often as an algorithm asks, the same ones each time.
 
-    ``tokens`` are ids, [sequences, length]; ``sequences`` counts those that were run, and is None before
-    the first call. ``seen`` counts what each expert was given.
+    ``tokens`` are ids, [sequences, length]. ``seen`` counts by path what each expert was given in a round,
+    the most of all rounds; empty before the first, as where ModelOpt has no need to run the model.
     """
 
     def __init__(
         self,
-        model: nn.Module,
         architecture: Architecture,
         device: torch.device,
         seed: int = 1234,
         length: int | None = None,
         sequences: int | None = None,
     ) -> None:
-        """As many ``sequences`` of ``length`` tokens as are given; else as many as it takes."""
+        """As many ``sequences`` of ``length`` tokens as are given; else as many as ``suffice``."""
         length = length or sequence_length(architecture)
-        # How many sequences have been run after each batch of the first round.
         self._sizes = [sequences] if sequences else _sizes(architecture, length)
         self.tokens = token_ids(architecture.padded_vocab_size, self._sizes[-1], length, device, seed)
-        self.sequences: int | None = None
-        self.seen = TokenCount(model)
+        self.seen: Mapping[str, int] = {}
 
     @property
     def first(self) -> torch.Tensor:
         """The sequences that every calibration begins with, [BATCH_SIZE, length]."""
         return self.tokens[:BATCH_SIZE]
 
-    def __call__(self, model: nn.Module) -> None:
-        """One round; what ModelOpt calls its forward loop."""
-        with self.seen.of_one_round():
-            for start, end in self._batches():
-                self.seen.forward(model, self.tokens[start:end])
-                if self.seen.least >= LEAST_TOKENS:
-                    break
-        self.sequences = end
+    def suffice(self, model: nn.Module, first: Pass) -> None:
+        """Keep no more sequences than it takes for every expert to see LEAST_TOKENS.
 
-    def _batches(self) -> Iterable[tuple[int, int]]:
-        # Once it is known how many it takes, they go at once, as algorithms search anew for each batch.
-        return pairwise((0, *([self.sequences] if self.sequences else self._sizes)))
+        ``first`` is the unquantized model's pass over the first ones.
+        """
+        seen, done = dict(first.seen), len(first.tokens)
+        for size in self._sizes:
+            if size > done:
+                with counting(model) as more:
+                    forward(model, self.tokens[done:size])
+                seen, done = {path: count + more[path] for path, count in seen.items()}, size
+            if min(seen.values(), default=inf) >= LEAST_TOKENS:
+                break
+        self.tokens = self.tokens[:size]
+
+    def __call__(self, model: nn.Module) -> None:
+        """One round, in one batch: AWQ's search for clips takes a batch of which an expert sees nothing for
+        one that it does well on. What ModelOpt calls its forward loop."""
+        with counting(model) as seen:
+            forward(model, self.tokens)
+        self.seen = {path: max(count, self.seen.get(path, 0)) for path, count in seen.items()}
 
 
 def _sizes(architecture: Architecture, length: int) -> list[int]:

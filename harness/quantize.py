@@ -45,21 +45,20 @@ class Quantization:
     """What happened to one model. Errors are relative, of the logits, and None where not measured.
 
     ``matrices`` are the module paths whose weights the recipe means, ``quantizers`` counts those that are
-    on, ``sequences`` those it was calibrated with, None where ModelOpt did not run the model. ``first``
-    is the pass of the unquantized model, ``output`` what the quantized one gives for its tokens along its
-    routes, and ``log`` what ModelOpt said.
+    on, ``sequences`` those to calibrate with. ``first`` is the pass of the unquantized model, ``output`` what
+    the quantized one gives for its tokens along its routes, and ``log`` what ModelOpt said.
     """
 
     recipe: str
     matrices: tuple[str, ...]
     quantizers: int
-    sequences: int | None
+    sequences: int
     first: Pass = field(repr=False, compare=False)
     output: torch.Tensor = field(repr=False, compare=False)
     error: float | None
     error_when_off: float | None
     proofs: tuple[Proof, ...]
-    log: str
+    log: str = field(repr=False, compare=False)  # modules that are imported on the way warn once a process
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -88,12 +87,13 @@ def quantize(
     quantizer saw data, shapes. What ModelOpt raises comes through. Nothing reaches the terminal.
     """
     real, layout, rank = not simulated(), layout or Layout(), rank or Rank(0)
-    calibration = Calibration(model, architecture, device, seed, length, sequences)
+    calibration = Calibration(architecture, device, seed, length, sequences)
     with captured() as log:
         # Calibration sees what is measured: a value beyond the calibrated range would be clipped, and the
         # error would say more about the draw of tokens than about the recipe.
         if first is None or not torch.equal(first.tokens, calibration.first):
             first = forward_and_routes(model, calibration.first)
+        calibration.suffice(model, first)
         matrices = expected_matrices(model, recipe)
         applied = without_folders(copy.deepcopy(dict(config)) if config else recipe.to_config())
         mtq.quantize(model, applied, calibration)
@@ -108,8 +108,8 @@ def quantize(
                 model,
                 recipe,
                 matrices,
-                calibration.seen.by_expert if calibration.seen.passes else {},
-                (calibration.sequences or 0) * calibration.tokens.shape[1],
+                calibration.seen,
+                calibration.tokens.numel(),
                 passed_by=[path for path in matrices if path not in used.modules and not _is_routed(path)],
                 values=real,
             ),
@@ -127,7 +127,7 @@ def quantize(
         recipe=recipe.name,
         matrices=matrices,
         quantizers=sum(quantizer.is_enabled for _, quantizer in quantizers(model)),
-        sequences=calibration.sequences,
+        sequences=len(calibration.tokens),
         first=first,
         output=after,
         error=relative_error(first.output, after) if measured else None,

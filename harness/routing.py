@@ -6,7 +6,6 @@ function's. Held to the routes of an earlier pass, the outputs differ by the rou
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,40 +27,19 @@ from megatron.core.transformer.moe.router_replay import RouterReplay, RouterRepl
 Routes = tuple[torch.Tensor, ...]
 
 
-class TokenCount:
-    """Counts what each expert sees in forward passes, by module path, and the passes.
+@contextmanager
+def counting(model: nn.Module) -> Iterator[dict[str, int]]:
+    """The tokens that each expert is given in the forward passes made meanwhile, by module path.
 
     ModelOpt's amax does not show it: an expert without tokens gets the amax of its neighbours.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.by_expert: Mapping[str, int] = {name: 0 for name, _ in experts(model)}
-        self.passes = 0
-        self._round: dict[str, int] = {}
-
-    @property
-    def least(self) -> float:
-        """What the expert that saw least has seen in this round; infinite where there are no experts."""
-        return min(self._round.values(), default=math.inf)
-
-    @contextmanager
-    def of_one_round(self) -> Iterator[None]:
-        """What an algorithm runs more than once counts once: the most that one of its rounds had."""
-        self._round = dict.fromkeys(self.by_expert, 0)
-        yield
-        self.by_expert = {name: max(count, self._round[name]) for name, count in self.by_expert.items()}
-
-    def forward(self, model: nn.Module, tokens: torch.Tensor) -> None:
-        """One pass, counted in the round that is under way."""
-        self.passes += 1
-        handles = [
-            expert.register_forward_pre_hook(_counting(self._round, name)) for name, expert in experts(model)
-        ]
-        try:
-            forward(model, tokens)
-        finally:
-            for handle in handles:
-                handle.remove()
+    counts = {name: 0 for name, _ in experts(model)}
+    handles = [expert.register_forward_pre_hook(_counting(counts, name)) for name, expert in experts(model)]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -81,19 +59,20 @@ def _counting(counts: dict[str, int], name: str) -> Callable[[nn.Module, Any], N
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """A forward pass: token ids [batch, sequence], what ``trace.forward`` gave, and where routers sent each
-    token."""
+    """A forward pass: token ids [batch, sequence], what ``trace.forward`` gave, where routers sent each
+    token, and how many each expert saw, by path."""
 
     tokens: torch.Tensor
     output: torch.Tensor
     routes: Routes
+    seen: Mapping[str, int]
 
 
 def forward_and_routes(model: nn.Module, tokens: torch.Tensor) -> Pass:
     """A pass in which every token goes where the routers send it."""
-    with _replays(model, RouterReplayAction.RECORD) as replays:
+    with _replays(model, RouterReplayAction.RECORD) as replays, counting(model) as seen:
         output = forward(model, tokens)
-        return Pass(tokens, output, tuple(replay.get_recorded_indices() for replay in replays))
+        return Pass(tokens, output, tuple(replay.get_recorded_indices() for replay in replays), seen)
 
 
 def forward_along(model: nn.Module, first: Pass) -> torch.Tensor:

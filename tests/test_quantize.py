@@ -19,6 +19,7 @@ from harness.proofs.quantizers import check_formats, expected_matrices, quantize
 from harness.quantize import Quantization, quantize, without_folders
 from harness.recipes import RECIPES, Recipe, find_recipe
 from harness.rounding import largest_error, largest_error_when_off
+from harness.routing import forward_and_routes
 from harness.standins import installed
 from harness.standins.output import captured
 from harness.trace import forward, token_ids
@@ -271,37 +272,50 @@ def test_calibration_grows_until_every_expert_sees_tokens(monkeypatch: pytest.Mo
     for least in (1, 12, 10**6):
         monkeypatch.setattr("harness.calibration.LEAST_TOKENS", least)
         model = build("Qwen3-MoE")
-        calibration = Calibration(model, small, CPU)
+        calibration = Calibration(small, CPU)
         with captured():
+            calibration.suffice(model, forward_and_routes(model, calibration.first))
             calibration(model)
-        assert calibration.sequences is not None
-        seen.append((calibration.sequences, min(calibration.seen.by_expert.values()) >= least))
+        seen.append((len(calibration.tokens), min(calibration.seen.values()) >= least))
     assert seen[0][1] and seen[1][1]
     assert seen[0][0] < seen[1][0] < seen[2][0] == 11  # 64 tokens x 8 experts / top-2, in sequences of 24
 
 
-def test_every_round_of_calibration_has_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.calibration.LEAST_TOKENS", 12)
-    model, rounds = build("Qwen3-MoE"), []
-    calibration = Calibration(model, model_of("Qwen3-MoE"), CPU)
-    model.register_forward_pre_hook(lambda model, args: rounds[-1].append(args[0]))
+def test_every_round_of_calibration_has_the_same_tokens_in_one_batch() -> None:
+    model, small = build("Qwen3-MoE"), model_of("Qwen3-MoE")
+    calibration, batches = Calibration(small, CPU), []
     with captured():
-        for _ in range(2):
-            rounds.append([])
-            calibration(model)
-    first, second = map(torch.cat, rounds)
-    assert torch.equal(first, second) and torch.equal(first, calibration.tokens[: calibration.sequences])
-    assert [len(each) for each in rounds] == [2, 1], "in batches until it was known how many it takes"
-    assert torch.equal(rounds[0][0], calibration.first)
+        calibration.suffice(model, forward_and_routes(model, calibration.first))
+        model.register_forward_pre_hook(lambda model, args: batches.append(args[0]))
+        calibration(model)
+        once = dict(calibration.seen)
+        calibration(model)
+    assert [torch.equal(batch, calibration.tokens) for batch in batches] == [True, True]
+    assert torch.equal(calibration.tokens[:3], calibration.first)
+    assert calibration.seen == once, "what a round saw, not all of them"
 
 
 def test_a_number_of_sequences_is_kept_to() -> None:
-    model = build("Qwen3-MoE")
+    model, small = build("Qwen3-MoE"), model_of("Qwen3-MoE")
     for sequences in (3, 5):
-        calibration = Calibration(model, model_of("Qwen3-MoE"), CPU, sequences=sequences)
+        calibration = Calibration(small, CPU, sequences=sequences)
         with captured():
-            calibration(model)
-        assert calibration.sequences == len(calibration.tokens) == sequences
+            calibration.suffice(model, forward_and_routes(model, calibration.first))
+        assert len(calibration.tokens) == sequences
+
+
+def test_every_expert_has_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AWQ's search for them makes nothing of an expert that a batch passes by."""
+    clip = find_recipe("nvfp4_awq_clip")
+    assert errors(quantize(build("Qwen3-MoE"), clip, model_of("Qwen3-MoE"), CPU)) == []
+
+    def token_by_token(calibration: Any, model: Any) -> None:
+        for token in calibration.tokens.flatten():
+            forward(model, token.view(1, 1))
+
+    monkeypatch.setattr("harness.calibration.Calibration.__call__", token_by_token)
+    wrong = errors(quantize(build("Qwen3-MoE"), clip, model_of("Qwen3-MoE"), CPU))
+    assert any("local_experts" in message and "weight_quantizer amax is 0" in message for message in wrong)
 
 
 def test_modelopt_is_left_as_it_was() -> None:

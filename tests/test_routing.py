@@ -10,7 +10,7 @@ from small_models import MODELS, model_of
 
 from harness.build import build_model
 from harness.layout import Layout
-from harness.routing import TokenCount, experts, forward_along, forward_and_routes
+from harness.routing import counting, experts, forward_along, forward_and_routes
 from harness.standins import installed
 from harness.standins.output import captured
 from harness.trace import forward, token_ids
@@ -92,25 +92,10 @@ def test_a_model_without_experts_has_no_routes() -> None:
 @pytest.mark.parametrize("name", [*ROUTED, "Mamba and latent experts"])
 def test_every_token_is_counted_at_each_of_its_experts(name: str) -> None:
     model, small = build(name), model_of(MODELS[name])
-    count = TokenCount(model)
-    with captured(), count.of_one_round():
-        count.forward(model, tokens())
+    with captured(), counting(model) as seen:
+        forward(model, tokens())
     assert small.moe is not None
     layers = sum(layer.mlp == small.moe for layer in small.layers)
-    assert len(count.by_expert) == layers * small.moe.num_experts
-    assert sum(count.by_expert.values()) == layers * 72 * small.moe.moe_router_topk
+    assert len(seen) == layers * small.moe.num_experts
+    assert sum(seen.values()) == layers * 72 * small.moe.moe_router_topk
     assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_the_most_that_one_round_saw_counts() -> None:
-    model = build("latent attention")
-    count = TokenCount(model)
-    with captured():
-        with count.of_one_round():
-            count.forward(model, tokens())
-            count.forward(model, tokens())
-        twice = dict(count.by_expert)
-        with count.of_one_round():
-            count.forward(model, tokens())
-            assert 2 * count.least == min(twice.values())
-    assert count.by_expert == twice and count.passes == 3

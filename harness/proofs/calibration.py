@@ -1,7 +1,7 @@
 """Calibration: a quantized model -> whether every quantizer has the scales that calibration owes it.
 
 ModelOpt's own amax tells little: an expert that saw no token gets the amax of its neighbours. What each
-expert saw is counted beside it (``routing.TokenCount``).
+expert saw is counted beside it (``routing.counting``).
 """
 
 from __future__ import annotations

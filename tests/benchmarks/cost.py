@@ -27,6 +27,7 @@ from harness.pipeline import check, full_size
 from harness.preset import find_presets
 from harness.quantize import without_folders
 from harness.recipes import Recipe
+from harness.routing import forward_and_routes
 from harness.selection import recipes_named
 from harness.shrink import shrink
 from harness.standins import installed
@@ -64,9 +65,9 @@ def measure(case: Case, small: Architecture, recipe: Recipe, runs: int) -> tuple
     reports: list[CaseReport] = []
     with captured(), installed(CPU, small), open_world(ONE, CPU):
         model = build_model(small, ONE, CPU, 1234)
-        calibration = Calibration(model, small, CPU)
-        calibration(model)
-        tokens = calibration.tokens[: calibration.sequences]
+        calibration = Calibration(small, CPU)
+        calibration.suffice(model, forward_and_routes(model, calibration.first))
+        tokens = calibration.tokens
     for _ in range(runs + 1):
         whole = seconds(lambda: reports.append(check(case)))
         if reports[-1].outcome is not Outcome.PASSED:
