@@ -17,6 +17,7 @@ from harness.pipeline import blueprint, check
 from harness.preset import preset_at
 from harness.rank import Rank, ranks_named, stages
 from harness.rank_model import SHAPES_ONLY
+from harness.recipes import find_recipe
 from harness.small_model import layout_of_plan
 
 PRESETS = Path(__file__).parent.parent / "presets"
@@ -179,8 +180,9 @@ def test_a_quantizer_without_data_is_found_where_values_are_not_looked_at() -> N
         return torch.nn.ModuleDict({"input_quantizer": quantizer})
 
     missing, zero = calibrated(None), calibrated(0.0)
-    assert [len(check_amax(missing, values=values)) for values in (True, False)] == [1, 1]
-    assert [len(check_amax(zero, values=values)) for values in (True, False)] == [1, 0]
+    fp8 = find_recipe("fp8")
+    assert [len(check_amax(missing, fp8, values)) for values in (True, False)] == [1, 1]
+    assert [len(check_amax(zero, fp8, values)) for values in (True, False)] == [1, 0]
 
 
 # What is looked at
