@@ -145,16 +145,16 @@ def own_scale(run: Run, job: Job, device: torch.device) -> Outputs:
 
 
 def raising(run: Run, job: Job, device: torch.device) -> Outputs:
-    from harness import trace
+    from harness import routing
 
-    right = trace.forward
+    right = routing.forward
 
     def forward(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         if job.rank.number == 1:
             raise ValueError("mat1 and mat2 shapes cannot be multiplied")
         return right(model, tokens)
 
-    trace.forward = forward
+    routing.forward = forward
     return run_rank(run, job, device)
 
 
