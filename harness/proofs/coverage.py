@@ -6,7 +6,7 @@ recipe's own entries: the model is only asked which of its quantizers are on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from harness.case import COVERAGE
 from harness.finding import Finding, Severity, has_errors
 from harness.inventory import Shape, parameters
 from harness.layout_rules import Owner
-from harness.proofs.patterns import idle, misspelt, strange, unreached, words
+from harness.proofs.patterns import idle, kinds, misspelt, strange, unreached, words
 from harness.proofs.proof import Proof, finding, judged, unsupported
 from harness.rank import Rank
 from harness.recipes import Entry, Recipe
@@ -86,15 +86,15 @@ def prove_coverage(
     own = parts(architecture, layout, shapes, last=rank.pp == layout.pp - 1)
     every = parts(architecture, layout, parameters(architecture), last=True)
     actual = enabled(model)
-    names = dict.fromkeys([name for part in every for name in part.quantizers] + list(actual))
-    limit, idle_entries = _idle(recipe, tuple(names))
+    names = kinds(recipe, dict.fromkeys([name for part in every for name in part.quantizers] + list(actual)))
+    limit, idle_entries = _idle(recipe, names)
     findings = (
         *idle_entries,
         *_deviations(recipe, own, actual),
         *_without_a_form(recipe, own),
         *_by_default(recipe, own),
     )
-    detail = _detail(recipe, own, every, actual, shapes, architecture, layout)
+    detail = _detail(recipe, own, every, actual, names, shapes, architecture, layout)
     if limit and not has_errors(findings):
         return replace(unsupported(COVERAGE, Owner.MODELOPT, limit, detail), findings=findings)
     return judged(COVERAGE, findings, detail)
@@ -153,7 +153,7 @@ def placed(quantizer: str) -> tuple[str, str]:
 # ---- what is wrong ----
 
 
-def _idle(recipe: Recipe, names: tuple[str, ...]) -> tuple[str, list[Finding]]:
+def _idle(recipe: Recipe, names: Collection[str]) -> tuple[str, list[Finding]]:
     """What entries that fit nothing come to: a limit of ModelOpt's, empty for none, and findings."""
     limits: list[str] = []
     findings: list[Finding] = []
@@ -256,6 +256,7 @@ def _detail(
     own: Sequence[Part],
     every: Sequence[Part],
     actual: Mapping[str, Stages],
+    names: Collection[str],
     shapes: Mapping[str, Shape],
     architecture: Architecture,
     layout: Layout,
@@ -276,7 +277,6 @@ def _detail(
         said.append(f"{share} of the rank's parameters, {whole} of the model's")
     else:
         said.append(f"{share} of parameters")
-    names = dict.fromkeys([name for part in every for name in part.quantizers] + list(actual))
     nothing = dict.fromkeys(_spoken(entry.pattern) for entry in idle(recipe, names))
     if nothing:
         said.append(f"nothing here is called {', '.join(nothing)}")

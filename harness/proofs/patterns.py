@@ -33,14 +33,14 @@ class Misspelt:
 
 def idle(recipe: Recipe, quantizers: Collection[str]) -> tuple[Entry, ...]:
     """The entries that turn something on and fit none of ``quantizers``, by name."""
-    some = _kinds(recipe, quantizers)
+    some = kinds(recipe, quantizers)
     return tuple(entry for entry in recipe.entries if entry.enable and not _fits(entry.pattern, some))
 
 
 def misspelt(recipe: Recipe, quantizers: Collection[str]) -> tuple[Misspelt, ...]:
     """Those of the idle entries that name something ``quantizers`` have, in other letters."""
     found = []
-    quantizers = _kinds(recipe, quantizers)
+    quantizers = kinds(recipe, quantizers)
     for entry in idle(recipe, quantizers):
         # A number that no layer has is no misspelling: a model may be shorter than the recipe's.
         if _fits(_NUMBER.sub("*", entry.pattern), quantizers):
@@ -67,20 +67,20 @@ def unreached(recipe: Recipe, quantizers: Collection[str]) -> tuple[Unreached, .
     naming schemes. Of entries that turn off, those of the user's own whose modules are left on: ModelOpt's
     leave out the parts of many models.
     """
-    quantizers = _kinds(recipe, quantizers)
+    quantizers = kinds(recipe, quantizers)
     found = []
     for entry in recipe.entries:
         if entry.shipped and not entry.enable:
             continue
-        attribute = entry.pattern.rpartition(".")[2].rpartition("*")[2]
         roles = spoken_of(entry.pattern)
+        if not roles or _fits(_NUMBER.sub("*", entry.pattern), quantizers):
+            continue
+        attribute = entry.pattern.rpartition(".")[2].rpartition("*")[2]
         mine = {
             name: role
             for name in quantizers
             if (role := role_of(name)) in roles and (fnmatchcase(name, f"*{attribute}") or not entry.enable)
         }
-        if not mine or _fits(_NUMBER.sub("*", entry.pattern), quantizers):
-            continue
         others = [
             each.pattern
             for each in recipe.entries
@@ -101,7 +101,7 @@ def _is_on(recipe: Recipe, quantizer: str) -> bool:
 
 def strange(recipe: Recipe, quantizers: Collection[str]) -> tuple[Entry, ...]:
     """Those of the idle entries of which some word is neither Megatron's nor in any recipe of ModelOpt's."""
-    known = modelopts_words() | _words_of(tuple(_kinds(recipe, quantizers)))
+    known = modelopts_words() | _words_of(tuple(kinds(recipe, quantizers)))
     return tuple(
         entry
         for entry in idle(recipe, quantizers)
@@ -109,7 +109,7 @@ def strange(recipe: Recipe, quantizers: Collection[str]) -> tuple[Entry, ...]:
     )
 
 
-def _kinds(recipe: Recipe, quantizers: Collection[str]) -> Collection[str]:
+def kinds(recipe: Recipe, quantizers: Collection[str]) -> Collection[str]:
     """One quantizer of each kind, where no pattern tells layers and experts apart: there may be thousands."""
     if recipe.by_layer:
         return quantizers

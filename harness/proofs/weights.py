@@ -89,11 +89,16 @@ def refused(model: nn.Module, config: Mapping[str, Any]) -> tuple[str, str] | No
     return None
 
 
-def _refusal(module: Any) -> str | None:
-    quantizer = copy.deepcopy(module.weight_quantizer)
-    for stage in _stages(quantizer):
+def _packing(quantizer: Any) -> Any:
+    """A copy that packs what it is given in place of rounding it."""
+    trial = copy.deepcopy(quantizer)
+    for stage in _stages(trial):
         stage._fake_quant = False
-    weight = module.weight.detach()
+    return trial
+
+
+def _refusal(module: Any) -> str | None:
+    quantizer, weight = _packing(module.weight_quantizer), module.weight.detach()
     try:
         with torch.no_grad():
             real = _stages(quantizer)[0](weight)
@@ -112,8 +117,7 @@ def _runs_over(module: Any, form: WeightFormat) -> bool:
     if form.columns is None or not weight.shape[-1] % form.columns:
         return False
     first = _stages(module.weight_quantizer)[0]
-    packing = copy.deepcopy(first)
-    packing._fake_quant = False
+    packing = _packing(first)
     with torch.no_grad():
         found = packing(QTensorWrapper(packing(weight)))
         return bool(((found.float() - first(weight).float()).abs() > step(form, weight)).any())
@@ -131,8 +135,7 @@ def _forgets(module: Any) -> bool:
         return False
     scales = []
     for factor in (1, 2):
-        trial = copy.deepcopy(quantizer)
-        trial._fake_quant = False
+        trial = _packing(quantizer)
         trial._amax *= factor
         with torch.no_grad():
             trial(weight)

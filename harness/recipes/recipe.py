@@ -240,8 +240,6 @@ def _applied(recipe: Recipe, path: str, which: str, parent_class: str | None) ->
     ]
     sequential = False
     for entry in recipe.entries:
-        if entry.parent_class not in (None, parent_class):
-            continue
         if entry.fits(name, parent_class):
             if entry.formats is not None:
                 stages = [(format, entry.enable) for format in entry.formats]
@@ -250,7 +248,7 @@ def _applied(recipe: Recipe, path: str, which: str, parent_class: str | None) ->
                 stages = [(_turned(format, entry.enable), entry.enable) for format, _ in stages]
         elif sequential:
             for index, (format, _) in enumerate(stages):
-                if fnmatchcase(f"{name}.{index}", entry.pattern):
+                if entry.fits(f"{name}.{index}", parent_class):
                     # A member becomes one format more only through several entries of lists, which no
                     # config has; the first format stands for them.
                     made = entry.formats[0] if entry.formats else _turned(format, entry.enable)
