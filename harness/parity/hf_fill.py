@@ -1,0 +1,119 @@
+"""HF fill: a Hugging Face model and a seed -> every parameter set so that every part matters.
+
+transformers' own initialization has norms of one, biases of zero and weights so small that a layer hardly
+shows in the logits, and neither would a mistake in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+# A parameter's values from a standard normal tensor of its shape, by the last part of its name.
+# Decays of 1 to 16 and time steps of 0.001 to 0.1 are the range that Mamba-2 models are initialized in,
+# and trained ones stay near; sinks weigh as much as a key does.
+_KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
+    "A_log": lambda normal: torch.log(1 + 15 * _uniform(normal)),
+    "dt_bias": lambda normal: _softplus_inverse(10 ** (-3 + 2 * _uniform(normal))),
+    "D": lambda normal: 1 + 0.3 * normal,
+    "sinks": lambda normal: normal,
+    # Enough to turn the choice of experts where scores are close.
+    "e_score_correction_bias": lambda normal: 0.1 * normal,
+}
+# What the residual stream is made of is small, so that the epsilon of every norm that reads it counts:
+# beside a variance of a thousandth 1e-5 shows, beside one of one it does not.
+_SMALL = 0.03
+_INTO_RESIDUAL = ("o_proj", "down_proj", "out_proj", "fc2_latent_proj")
+# Queries and keys, so that attention attends to some tokens more than to others.
+_SHARP = frozenset({"q_proj", "k_proj", "q_b_proj", "qkv_proj"})
+_SHARPNESS = 1.5
+# Router logits well apart, so that no rounding decides which experts are chosen.
+_ROUTED = 2.0
+_NORM_SPREAD = 0.2
+_BIAS_SPREAD = 0.2
+
+
+def fill(model: nn.Module, seed: int) -> None:
+    """Set every parameter, and every expert bias, from its name, its shape and ``seed``."""
+    with torch.no_grad():
+        for name, tensor in _tensors(model):
+            tensor.copy_(_values(name, tensor, seed) * _scale(model, name, tensor))
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            yield name, buffer
+
+
+def _values(name: str, tensor: Tensor, seed: int) -> Tensor:
+    normal, last = normals(name, tuple(tensor.shape), seed), name.rpartition(".")[2]
+    if last in _KNOWN:
+        return _KNOWN[last](normal)
+    if tensor.ndim == 1 or last.endswith("bias"):
+        # A new norm's factors are all one, or all zero where they are stored less one.
+        return normal * _NORM_SPREAD + tensor if last == "weight" else normal * _BIAS_SPREAD
+    return normal if "embed" in name else normal / math.sqrt(_fan_in(name, tensor))
+
+
+def _scale(model: nn.Module, name: str, tensor: Tensor) -> Tensor | float:
+    """What the values are multiplied with, for all or row by row."""
+    module, parent = name.split(".")[-2], name.rpartition(".")[0].rpartition(".")[0]
+    if "embed" in name or any(part in name for part in _INTO_RESIDUAL):
+        return _SMALL
+    if is_router(name):
+        return _ROUTED
+    if module in ("q_proj", "k_proj") and hasattr(model.get_submodule(parent), f"{module[0]}_norm"):
+        return _SMALL  # the norm that follows undoes it, but for its epsilon
+    if module == "q_a_proj":
+        return _SMALL
+    if module == "kv_a_proj_with_mqa":
+        # The latent has a norm too, the rotated keys beside it have none.
+        latent = model.config.kv_lora_rank  # type: ignore[union-attr]
+        return _rows(tensor, latent, _SMALL, _SHARPNESS)
+    if module == "in_proj":
+        # The gates, which come first: their products with the output are normed.
+        inner = model.get_submodule(parent).intermediate_size
+        return _rows(tensor, inner, _SMALL, 1.0)  # type: ignore[arg-type]
+    return _SHARPNESS if module in _SHARP else 1.0
+
+
+def _rows(tensor: Tensor, first: int, before: float, after: float) -> Tensor:
+    scale = torch.full((tensor.shape[0],) + (1,) * (tensor.ndim - 1), after)
+    scale[:first] = before
+    return scale
+
+
+def is_router(name: str) -> bool:
+    """Whether a parameter of this name is a router's matrix."""
+    return name.endswith((".gate.weight", ".router.weight"))
+
+
+def _fan_in(name: str, tensor: Tensor) -> int:
+    """The numbers that one output is the sum of; experts in one tensor are (experts, in, out) or (.., out, in)."""
+    if tensor.ndim == 3 and "conv" not in name:
+        return tensor.shape[1] if _TRANSPOSED in name else tensor.shape[2]
+    return math.prod(tensor.shape[1:])
+
+
+_TRANSPOSED = "feed_forward.experts"  # Llama-4's
+
+
+def normals(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Standard normal values that depend on the name, the shape and the seed alone; float32 on the CPU."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest) >> 1))
+
+
+def _uniform(normal: Tensor) -> Tensor:
+    """Standard normal values as uniform ones between 0 and 1."""
+    return 0.5 * (1 + torch.erf(normal / math.sqrt(2)))
+
+
+def _softplus_inverse(step: Tensor) -> Tensor:
+    return step + torch.log(-torch.expm1(-step))
