@@ -1,0 +1,176 @@
+"""Importing: a checkpoint in Hugging Face's layout -> a Megatron model, by ModelOpt's own importer.
+
+What it read and what it filled is counted: every number of the model is made to be none before, and what is
+none afterwards nothing filled. Rules that the importer asks itself for and does not have are named instead
+of stopping at the first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from harness.parity.rules import OURS, added
+from harness.stages import Raised
+from harness.standins.output import captured, import_foreign
+from harness.standins.patching import patched
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What came of an import.
+
+    ``read`` and ``unread`` are tensors of the checkpoint; ``unfilled`` parameters and expert biases of the
+    model, whole or in part; ``ours`` rules that this package adds to the importer's, in words; ``missing``
+    rules that neither has, by the importer's name for them; ``raised`` what stopped it.
+    """
+
+    read: frozenset[str]
+    unread: tuple[str, ...]
+    unfilled: tuple[str, ...]
+    ours: tuple[str, ...]
+    missing: tuple[str, ...]
+    raised: Raised | None
+
+    @property
+    def complete(self) -> bool:
+        return not (self.unread or self.unfilled or self.missing or self.raised)
+
+
+def import_checkpoint(model: nn.Module, folder: Path) -> Imported:
+    """Load the checkpoint in ``folder`` into ``model``, in float32. What cannot be loaded is in the result.
+
+    Call it inside the world that the model was built in.
+    """
+    import_foreign()
+    with captured():
+        from modelopt.torch.export import import_mcore_gpt_from_hf
+
+    empty(model)
+    asked: dict[str, None] = {}
+    read: set[str] = set()
+    ours: dict[str, str] = {}
+    raised = None
+    with _reading(read), _with_rules(asked, ours), captured():
+        try:
+            import_mcore_gpt_from_hf(model, str(folder), dtype=torch.float32)
+        except Exception as error:  # the importer's, whatever it is: its words are the result
+            raised = Raised.of(error)
+    return Imported(
+        read=frozenset(read),
+        unread=tuple(sorted(tensors_of(folder) - read)),
+        unfilled=tuple(unfilled(model)),
+        ours=tuple(ours.values()),
+        missing=tuple(asked),
+        raised=raised,
+    )
+
+
+def empty(model: nn.Module) -> None:
+    """Make every number that a checkpoint holds none: parameters, and the routers' expert biases."""
+    with torch.no_grad():
+        for _, tensor in _stored(model):
+            tensor.fill_(float("nan"))
+
+
+def unfilled(model: nn.Module) -> Iterator[str]:
+    """What still has a number that is none."""
+    return (name for name, tensor in _stored(model) if bool(torch.isnan(tensor).any()))
+
+
+def _stored(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    for name, buffer in model.named_buffers():
+        if name.endswith(".expert_bias"):
+            yield name, buffer
+
+
+def tensors_of(folder: Path) -> set[str]:
+    """The names of all tensors of a checkpoint."""
+    names: set[str] = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names.update(file.keys())
+    return names
+
+
+@contextmanager
+def _reading(read: set[str]) -> Iterator[None]:
+    """Note every tensor that ModelOpt takes from a checkpoint, at the one place where it opens the files."""
+    from modelopt.torch.export.plugins import mcore_custom
+
+    original = mcore_custom._get_safetensor_slices
+
+    def slices(path: Any, key: str, *rest: Any, **named: Any) -> Any:
+        tensor = original(path, key, *rest, **named)
+        if tensor is not None:
+            read.add(key)
+        return tensor
+
+    with patched(mcore_custom, "_get_safetensor_slices", slices):
+        yield
+
+
+class RuleBook(dict[str, Any]):
+    """The importer's rules of one architecture: one of ours that is used is noted, and one that is lacking
+    is noted and does nothing."""
+
+    def __init__(
+        self,
+        rules: Mapping[str, Any],
+        own: Mapping[str, str],
+        asked: dict[str, None],
+        used: dict[str, str],
+    ) -> None:
+        super().__init__(rules)
+        self._own, self._asked, self._used = own, asked, used
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._own:
+            self._used[name] = self._own[name]
+        return super().__getitem__(name)
+
+    def __missing__(self, name: str) -> Callable[..., None]:
+        self._asked[name] = None
+        return lambda *args, **named: None
+
+
+@contextmanager
+def _with_rules(asked: dict[str, None], ours: dict[str, str]) -> Iterator[None]:
+    """Add the rules of ours that the importer's book lacks, and note what both lack."""
+    from modelopt.torch.export import unified_export_megatron
+    from modelopt.torch.export.plugins import megatron_importer
+
+    known: dict[str, Any] = megatron_importer.all_mcore_hf_import_mapping
+    books = dict(known)
+    for architecture in OURS:
+        rules = added(architecture, known.get(architecture, {}))
+        books[architecture] = known.get(architecture, {}) | {rule.name: rule.mapping for rule in rules}
+
+    class Importer(megatron_importer.GPTModelImporter):  # type: ignore[misc, name-defined]
+        def _populate_rule_book(self) -> dict[str, Any]:
+            filled = super()._populate_rule_book()
+            own = {rule.name: rule.words(self.arch) for rule in added(self.arch, known.get(self.arch, {}))}
+            return {**filled, self.arch: RuleBook(filled.get(self.arch, {}), own, asked, ours)}
+
+    with ExitStack() as stack:
+        stack.enter_context(patched(megatron_importer, "all_mcore_hf_import_mapping", books))
+        stack.enter_context(patched(unified_export_megatron, "GPTModelImporter", Importer))
+        yield
+
+
+_MISSING_KEY = re.compile(r"Key \[(.+)\] does not exist!")
+
+
+def absent_tensor(raised: Raised) -> str | None:
+    """The tensor that the importer looked for and the checkpoint does not have; None if it stopped otherwise."""
+    found = _MISSING_KEY.search(raised.words)
+    return found[1] if found else None

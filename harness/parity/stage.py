@@ -1,0 +1,150 @@
+"""Stage: a plan and the publisher's facts -> whether the same weights give the same logits, and if not, why.
+
+A tiny Hugging Face model is made from the facts and saved, ModelOpt imports it into the tiny Megatron model
+of the preset, and both run on the same tokens. A difference is a finding of the first part that differs;
+a limit of the importer or of Megatron is none, and excuses nothing but the part that it is tied to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from harness.build import build_model
+from harness.finding import Finding, Severity
+from harness.layout import Layout
+from harness.parity import checkpoint
+from harness.parity.blame import difference, import_findings, import_limit, limit_at
+from harness.parity.compare import TOLERANCES, Comparison, compare
+from harness.parity.corrections import corrected
+from harness.parity.importing import Imported, import_checkpoint
+from harness.parity.twin import NoTwin, Twin, twin
+from harness.stages import Raised
+from harness.standins import installed
+from harness.standins.patching import patched
+from harness.trace import sequence_length, token_ids
+from harness.world import open_world
+
+if TYPE_CHECKING:
+    from harness.facts import Facts
+    from harness.parity.site import Site
+    from harness.shrink import ShrinkPlan
+
+NAME = "parity"
+BATCH_SIZE = 2
+# Tokens beyond the last that a window reaches, and windows longer than this are not reached.
+_BEYOND, _LONGEST_WINDOW, _SHORTEST = 12, 512, 40
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """What the comparison came to.
+
+    Errors among ``findings`` mean that the models differ. ``limit`` says why the comparison cannot be made,
+    or what of the model it could not hold equal, and whose limit that is; empty where nothing limits it.
+    ``relative`` is the largest difference of the logits over the largest published one, None where there
+    are none to compare; ``sites`` every part that was compared.
+    """
+
+    findings: tuple[Finding, ...]
+    limit: str
+    detail: str
+    relative: float | None = None
+    sites: tuple[Site, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return not self.limit and not any(finding.is_error for finding in self.findings)
+
+
+def prove_parity(plan: ShrinkPlan, facts: Facts, device: torch.device) -> Parity:
+    """Compare the plan's model with the publisher's, both in float32 on ``device``, on one rank.
+
+    Call it with no world open. What Megatron or ModelOpt raises is in the result.
+    """
+    with TemporaryDirectory() as name, installed(device, plan.before), _exact(), corrected(facts) as words:
+        folder = Path(name)
+        try:
+            small = twin(facts, plan)
+            published = checkpoint.build(small)
+        except NoTwin as error:
+            return Parity((), f"no small Hugging Face model: {error}", "")
+        checkpoint.save(published, small, folder)
+        published = published.to(device)  # type: ignore[arg-type]
+        with open_world(Layout(), device):
+            proved = _proved(plan, facts, device, small, published, folder)
+    if not words:
+        return proved
+    return Parity(
+        proved.findings, proved.limit, "; ".join((proved.detail, *words)), proved.relative, proved.sites
+    )
+
+
+def _proved(
+    plan: ShrinkPlan, facts: Facts, device: torch.device, small: Twin, published: Any, folder: Path
+) -> Parity:
+    """On its own, as the model must be gone before its world is closed."""
+    arguments = plan.before.arguments
+    try:
+        model = build_model(plan.after, Layout(), device, dtype=torch.float32)
+    except Exception as error:  # Megatron's: its words are the result
+        return Parity((Raised.of(error).finding(NAME),), "", "")
+    imported = import_checkpoint(model, folder)
+    if not imported.complete:
+        limit = import_limit(imported, small, arguments, facts)
+        if limit:
+            return Parity((), limit, _detail(imported, small, None))
+        return Parity(tuple(import_findings(imported, small, arguments, facts)), "", "")
+    vocabulary = min(plan.after.padded_vocab_size, published.config.get_text_config().vocab_size)
+    tokens = token_ids(vocabulary, BATCH_SIZE, _length(plan, small), device)
+    try:
+        comparison = compare(published, model, tokens, TOLERANCES[device.type])
+    except Exception as error:
+        raised = Raised.of(error)
+        if raised.owner is None:
+            raise
+        return Parity((raised.finding(NAME),), "", "")
+    detail, sites = _detail(imported, small, comparison), comparison.sites
+    if comparison.first is None:
+        return Parity((), "", detail, comparison.relative, sites)
+    limit = limit_at(comparison.first, plan.after, facts)
+    if limit:
+        return Parity((), limit, detail, comparison.relative, sites)
+    found = difference(comparison, small, arguments, facts)
+    return Parity((found,), "", detail, comparison.relative, sites)
+
+
+def _length(plan: ShrinkPlan, small: Twin) -> int:
+    """Tokens of a sequence: beyond the windows of both sides, where they are short enough to be reached."""
+    config: Mapping[str, Any] = small.config.get("text_config", small.config)
+    window = config.get("sliding_window")
+    reach = window + _BEYOND if isinstance(window, int) and window <= _LONGEST_WINDOW else 0
+    length = max(_SHORTEST, reach, sequence_length(plan.after))
+    return min(length, plan.after.max_position_embeddings)
+
+
+def _detail(imported: Imported, small: Twin, comparison: Comparison | None) -> str:
+    parts = [f"{len(imported.read)} tensors of {small.architecture}"]
+    if comparison is not None:
+        parts = [f"logits agree to {comparison.relative:.1e}, {len(comparison.sites)} parts", *parts]
+    parts += [*imported.ours, *small.assumed, *(f"left out: {what}" for what in small.left_out)]
+    return "; ".join(parts)
+
+
+@contextmanager
+def _exact() -> Iterator[None]:
+    """Matrix products of float32 numbers in float32, and not in TF32's ten bits."""
+    with ExitStack() as stack:
+        for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+            stack.enter_context(patched(backend, "allow_tf32", False))
+        yield
+
+
+def failed(message: str) -> Finding:
+    return Finding(NAME, Severity.ERROR, message)
