@@ -7,6 +7,7 @@ layout of the published one: what transformers fuses in memory is written apart 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from harness.parity import hf_mxfp4
+from harness.parity.hf_corrections import correct
 from harness.parity.hf_effect import check_in_effect
 from harness.parity.hf_fill import fill
 from harness.parity.twin import Twin
@@ -23,26 +26,56 @@ if TYPE_CHECKING:
 
 _SEED = 20240607
 _WEIGHTS = "model.safetensors"
+# The class that is the language model alone, where the published one has more, and its prefix there.
+_LANGUAGE_MODELS = {"Llama4ForConditionalGeneration": ("Llama4ForCausalLM", "language_model.")}
+# Names that transformers reads but does not write as the publisher does.
+_RENAMED = {"backbone.embedding.weight": "backbone.embeddings.weight"}
+_IN_MXFP4 = frozenset({"GptOssForCausalLM"})
+_PACKED = re.compile(r"\.experts\.(gate_up|down)_proj$")
 
 
 def build(twin: Twin) -> PreTrainedModel:
-    """The model of ``twin`` on the CPU: float32, evaluating, filled. Raises NoTwin where a setting has no effect."""
+    """The model of ``twin`` on the CPU: float32, evaluating, filled.
+
+    Raises NoTwin where a published setting would have no effect.
+    """
     import transformers
+    from transformers.initialization import no_init_weights
 
     outer = transformers.AutoConfig.for_model(**_arguments(twin.config))
-    config = outer.get_text_config()
-    check_in_effect(twin, config)
+    config: Any = outer.get_text_config()
+    text = twin.text_config
+    check_in_effect(text, config)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
-    name = _LANGUAGE_MODELS.get(twin.architecture, twin.architecture)
-    model: PreTrainedModel = getattr(transformers, name)(config).float().eval()
-    model.requires_grad_(False)
+    for key, value in _HOW.items():
+        if hasattr(config, key):
+            setattr(config, key, value)
+    name, _ = _LANGUAGE_MODELS.get(twin.architecture, (twin.architecture, ""))
+    with no_init_weights():
+        model: Any = getattr(transformers, name)(config)
+    model.tie_weights()
+    model.float().eval().requires_grad_(False)
     fill(model, _SEED)
-    return model
+    _as_published(model, twin)
+    correct(model, text)
+    found: PreTrainedModel = model
+    return found
 
 
-# The class that is the language model alone, where the published one has more.
-_LANGUAGE_MODELS = {"Llama4ForConditionalGeneration": "Llama4ForCausalLM"}
+# How a result is computed, never what it is: Mamba's plain scan holds a tensor of a chunk by a chunk for
+# every head and state, which at the published 128 or 256 takes seconds and gigabytes.
+_HOW = {"use_mamba_kernels": False, "chunk_size": 16}
+
+
+def _as_published(model: nn.Module, twin: Twin) -> None:
+    """Change what the checkpoint cannot hold: numbers that MXFP4 has not, and modules that it is without."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if twin.architecture in _IN_MXFP4 and _PACKED.search(name):
+                parameter.copy_(hf_mxfp4.decode(*hf_mxfp4.encode(parameter.mT)).mT)
+            if name.startswith(twin.without or "\0") and "down_proj" in name:
+                parameter.zero_()
 
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,7 +95,7 @@ def logits(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def language_model(model: nn.Module) -> nn.Module:
     """The part that has the embeddings, the decoder layers and the last norm."""
-    return model.get_submodule(model.base_model_prefix)  # type: ignore[arg-type]
+    return model.get_submodule("model")
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -88,5 +121,14 @@ def checkpoint_tensors(model: PreTrainedModel, twin: Twin) -> dict[str, Tensor]:
     state = dict(model.state_dict())
     for tied in model.all_tied_weights_keys:
         state.pop(tied, None)
-    found: dict[str, Tensor] = revert_weight_conversion(model, state)
-    return {name: tensor for name, tensor in found.items() if not name.startswith(twin.without or ("\0",))}
+    _, prefix = _LANGUAGE_MODELS.get(twin.architecture, ("", ""))
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in revert_weight_conversion(model, state).items():
+        name = prefix + _RENAMED.get(name, name)
+        if name.startswith(twin.without or "\0"):
+            continue
+        if twin.architecture in _IN_MXFP4 and _PACKED.search(name):
+            tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = hf_mxfp4.encode(tensor.mT)
+        else:
+            tensors[name] = tensor
+    return tensors

@@ -33,6 +33,10 @@ _SHARP = frozenset({"q_proj", "k_proj", "q_b_proj", "qkv_proj"})
 _SHARPNESS = 1.5
 # Router logits well apart, so that no rounding decides which experts are chosen.
 _ROUTED = 2.0
+# transformers' classes of norms that multiply by one more than their weight.
+_STORED_LESS_ONE = frozenset({"NemotronLayerNorm1P", "Qwen3NextRMSNorm"})
+# Models whose experts' matrices are (in, out) in memory.
+_INPUTS_FIRST = frozenset({"gpt_oss", "llama4_text"})
 _NORM_SPREAD = 0.2
 _BIAS_SPREAD = 0.2
 
@@ -40,8 +44,12 @@ _BIAS_SPREAD = 0.2
 def fill(model: nn.Module, seed: int) -> None:
     """Set every parameter, and every expert bias, from its name, its shape and ``seed``."""
     with torch.no_grad():
+        transposed = model.config.model_type in _INPUTS_FIRST  # type: ignore[union-attr]
         for name, tensor in _tensors(model):
-            tensor.copy_(_values(name, tensor, seed) * _scale(model, name, tensor))
+            owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+            centre = 0.0 if owner in _STORED_LESS_ONE else 1.0
+            values = _values(name, tensor, seed, centre, transposed)
+            tensor.copy_(values.mul_(_scale(model, name, tensor)))
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -51,14 +59,14 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, buffer
 
 
-def _values(name: str, tensor: Tensor, seed: int) -> Tensor:
+def _values(name: str, tensor: Tensor, seed: int, centre: float, transposed: bool) -> Tensor:
+    """``centre`` is what norm factors are spread around; ``transposed`` as ``_fan_in`` has it."""
     normal, last = normals(name, tuple(tensor.shape), seed), name.rpartition(".")[2]
     if last in _KNOWN:
         return _KNOWN[last](normal)
     if tensor.ndim == 1 or last.endswith("bias"):
-        # A new norm's factors are all one, or all zero where they are stored less one.
-        return normal * _NORM_SPREAD + tensor if last == "weight" else normal * _BIAS_SPREAD
-    return normal if "embed" in name else normal / math.sqrt(_fan_in(name, tensor))
+        return normal * _NORM_SPREAD + centre if last == "weight" else normal * _BIAS_SPREAD
+    return normal if "embed" in name else normal.div_(math.sqrt(_fan_in(name, tensor, transposed)))
 
 
 def _scale(model: nn.Module, name: str, tensor: Tensor) -> Tensor | float:
@@ -94,20 +102,35 @@ def is_router(name: str) -> bool:
     return name.endswith((".gate.weight", ".router.weight"))
 
 
-def _fan_in(name: str, tensor: Tensor) -> int:
-    """The numbers that one output is the sum of; experts in one tensor are (experts, in, out) or (.., out, in)."""
+def _fan_in(name: str, tensor: Tensor, transposed: bool) -> int:
+    """The numbers that one output is the sum of.
+
+    Experts in one tensor are (experts, out, in), or ``transposed``.
+    """
     if tensor.ndim == 3 and "conv" not in name:
-        return tensor.shape[1] if _TRANSPOSED in name else tensor.shape[2]
+        return tensor.shape[1] if transposed else tensor.shape[2]
     return math.prod(tensor.shape[1:])
 
 
-_TRANSPOSED = "feed_forward.experts"  # Llama-4's
-
-
 def normals(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Standard normal values that depend on the name, the shape and the seed alone; float32 on the CPU."""
+    """Standard normal values that depend on the name, the shape and the seed alone; float32 on the CPU.
+
+    The matrices of many experts are one, rolled on by another length for each: drawing them all takes most
+    of the time that a model takes to build, and no two are alike.
+    """
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest) >> 1))
+    generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
+    if len(shape) < 3 or math.prod(shape) < _MANY:
+        return torch.randn(shape, generator=generator)
+    drawn = torch.randn(math.prod(shape[1:]) * 2, generator=generator)
+    size, rest = drawn.numel() // 2, torch.arange(shape[0]) * _STRIDE
+    starts = (rest % size).tolist()
+    return torch.stack([drawn[start : start + size].view(shape[1:]) for start in starts])
+
+
+_MANY = 1 << 20
+# Odd and no multiple of a width, so that neither rows nor columns line up.
+_STRIDE = 7919
 
 
 def _uniform(normal: Tensor) -> Tensor:

@@ -38,6 +38,12 @@ class Twin:
     left_out: tuple[str, ...]
     without: tuple[str, ...] = ()
 
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The config of the language model alone, where it is one part of several."""
+        found: Mapping[str, Any] = self.config.get("text_config", self.config)
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class _Model:
@@ -60,7 +66,6 @@ _NEMOTRON_H_ALIASES = {
     "attention_head_dim": "head_dim",
     "mamba_state_dim": "ssm_state_size",
     "mamba_num_groups": "n_groups",
-    "layers_block_type": "hybrid_override_pattern",
 }
 _LLAMA4 = _Model("Llama4ForConditionalGeneration", nested="llama4")
 _MODELS: Mapping[str, _Model] = {
@@ -130,7 +135,7 @@ def twin(facts: Facts, plan: ShrinkPlan) -> Twin:
     keys, layers = layer_keys(family, published, kinds, kept)
     config = {**published, **tiny_sizes(family, published, plan), **keys}
     config |= {"use_cache": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    for key in _PREDICTIONS & config.keys():
+    for key in (_PREDICTIONS | {"layers_block_type"}) & config.keys():
         del config[key]
     if family.model_type in _PREDICT_BY_DEFAULT:
         config["num_nextn_predict_layers"] = 0
@@ -167,11 +172,7 @@ def _spelled(facts: Facts, model: _Model) -> dict[str, Any]:
     }
     for alias, key in (model.aliases or {}).items():
         if alias in said:
-            value = said.pop(alias)
-            if key not in said and alias != "layers_block_type":
-                said[key] = value
-            elif alias == "layers_block_type":
-                said[alias] = value
+            said.setdefault(key, said.pop(alias))
     return said
 
 
