@@ -16,7 +16,7 @@ from harness.families.rows import QKNorms
 from harness.finding import Finding, Severity
 from harness.layers import Attention
 from harness.parity.importing import Imported, absent_tensor
-from harness.parity.settings import Setting, acting, differing, limits
+from harness.parity.settings import ACTING, Setting, acting, differing, limits, unknown
 from harness.parity.site import Part, Site
 
 if TYPE_CHECKING:
@@ -127,9 +127,27 @@ def limit_at(site: Site, small: Architecture, facts: Facts) -> str:
                 f"Megatron: {limit.published} published ({limit.source}), which no flag can make: it builds "
                 f"{limit.built}, so {limit.effect} ({site.name}: {_by(site.relative)})"
             )
+    words = _known(site.part, small, facts, site.layer)
+    if words:
+        return f"{words} ({site.name}: {_by(site.relative)})"
+    return _unpublished(site, facts)
+
+
+def _known(part: Part | None, small: Architecture, facts: Facts, layer: int | None) -> str:
     for row in _ROWS:
-        if site.part in row.parts and row.applies(small, facts, site.layer):
-            return f"Megatron: {row.words} ({site.name}: {_by(site.relative)})"
+        if part in row.parts and row.applies(small, facts, layer):
+            return f"Megatron: {row.words}"
+    return ""
+
+
+def _unpublished(site: Site, facts: Facts) -> str:
+    """What acts at ``site`` and no publisher's figure says: the twin has a default there, and no fact."""
+    for dest, key in unknown(facts).items():
+        if dest in ACTING[site.part]:
+            return (
+                f"{facts.label} does not say {key}: the published model was made with transformers' default, "
+                f"and differs there ({site.name}: {_by(site.relative)})"
+            )
     return ""
 
 
@@ -163,7 +181,9 @@ _ROWS: tuple[_Row, ...] = (
 # What was not imported
 
 
-def import_limit(imported: Imported, small: Twin, arguments: Arguments, facts: Facts) -> str:
+def import_limit(
+    imported: Imported, twin: Twin, small: Architecture, arguments: Arguments, facts: Facts
+) -> str:
     """What the importer lacks, where no setting of the preset can be the cause; empty otherwise."""
     if imported.missing:
         parts = [part_of(name) for name in imported.missing]
@@ -171,15 +191,27 @@ def import_limit(imported: Imported, small: Twin, arguments: Arguments, facts: F
         if not wrong:
             names = ", ".join(imported.missing)
             unread = f"; {_some(imported.unread)} unread" if imported.unread else ""
-            return f"ModelOpt: its importer has no rule {names} for {small.architecture}{unread}"
-    if imported.raised is not None and not differing(arguments, facts):
-        return f"{imported.raised.text}; no setting of the preset differs from what is published"
+            stopped = f"; {imported.raised.text}" if imported.raised is not None else ""
+            return f"ModelOpt: its importer has no rule {names} for {twin.architecture}{stopped}{unread}"
+    if imported.raised is not None:
+        layer = _LAYER.search(imported.last)
+        known = _known(part_of(imported.last), small, facts, int(layer[1]) if layer else None)
+        return f"{known}: {_words(imported)}" if known else ""
     return ""
 
 
-def import_findings(
-    imported: Imported, small: Twin, arguments: Arguments, facts: Facts
-) -> Iterator[Finding]:
+_LAYER = re.compile(r"layers\.(\d+)\.")
+
+
+def _words(imported: Imported) -> str:
+    """What the importer said when it stopped, and over which tensor."""
+    raised = imported.raised
+    assert raised is not None
+    rest = f" ({' '.join(raised.rest.split())})" if raised.rest else ""
+    return f"{raised.text}{rest}, over {imported.last or 'the first tensor'}"
+
+
+def import_findings(imported: Imported, small: Twin, arguments: Arguments, facts: Facts) -> Iterator[Finding]:
     """One finding for what stopped the import, or one for each part of which something is left over."""
     if imported.raised is not None:
         yield _raised(imported, arguments, facts)
@@ -194,9 +226,7 @@ def import_findings(
         (imported.unfilled, "{} of the model of the preset is in no checkpoint of the published one"),
     ):
         for part, some in _by_part(names).items():
-            yield _at(
-                what.format(_some(tuple(some))), _settings(part, arguments, facts), arguments, some[0]
-            )
+            yield _at(what.format(_some(tuple(some))), _settings(part, arguments, facts), arguments, some[0])
 
 
 def _raised(imported: Imported, arguments: Arguments, facts: Facts) -> Finding:
@@ -206,10 +236,11 @@ def _raised(imported: Imported, arguments: Arguments, facts: Facts) -> Finding:
     if tensor is not None:
         message = f"the model of the preset has {tensor}, and the published checkpoint has no such tensor"
         return _at(message, _settings(part_of(tensor), arguments, facts), arguments, tensor)
-    message = f"the importer stopped: {raised.text}"
-    if raised.rest:
-        message += f" ({' '.join(raised.rest.split())})"
-    return _at(message, differing(arguments, facts), arguments)
+    message = f"the importer stopped: {_words(imported)}"
+    settings = _settings(part_of(imported.last), arguments, facts)
+    if not any(setting.differs for setting in settings):
+        settings = (*differing(arguments, facts), *settings)
+    return _at(message, settings, arguments, imported.last or None)
 
 
 def _settings(part: Part | None, arguments: Arguments, facts: Facts) -> tuple[Setting, ...]:

@@ -1,76 +1,63 @@
-"""Corrections: where transformers' code of a family is not what its publisher published, and made so.
+"""Corrections: where transformers' plain code computes something else than its own kernels, and made so.
 
-Each row says in words what is corrected; the words go into the report of every comparison it acts in.
+A publisher's model runs through the kernels; on a machine without them transformers takes a path in plain
+torch. Each row says in words what that path does wrong, and they go into the report. Corrections of what
+the publisher's own code does otherwise stand in ``hf_corrections.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from harness.standins.patching import patched
-
-if TYPE_CHECKING:
-    from harness.facts import Facts
-    from harness.families.items import Config
+from torch import nn
 
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """Whose code is corrected when, in words, and how it is put in place."""
+    """Which modules are concerned, what is wrong with them, and how one is put right for a sequence."""
 
-    applies: Callable[[Facts], bool]
+    concerns: Callable[[Any], bool]
     words: str
-    install: Callable[[Config], AbstractContextManager[None]]
+    correct: Callable[[Any, int], None]
 
 
-@contextmanager
-def corrected(facts: Facts) -> Iterator[tuple[str, ...]]:
-    """Correct what has to be for a model of ``facts`` while it is built and runs; the words of it."""
-    rows = [row for row in CORRECTIONS if row.applies(facts)]
-    with ExitStack() as stack:
-        for row in rows:
-            stack.enter_context(row.install(facts.config))
-        yield tuple(row.words for row in rows)
+def correct(published: nn.Module, sequence: int) -> tuple[str, ...]:
+    """Put right what concerns ``published``, for sequences of so many tokens; the words of it."""
+    return tuple(dict.fromkeys(_corrected(published, sequence)))
 
 
-def _scaled_by_mscale(facts: Facts) -> bool:
-    family, scaling = facts.family, facts.config.get("rope_scaling") or {}
-    latent_v2 = family is not None and family.model_type == "deepseek_v2"
-    return latent_v2 and bool(scaling.get("mscale_all_dim"))
+def _corrected(published: nn.Module, sequence: int) -> Iterator[str]:
+    for module in published.modules():
+        for row in CORRECTIONS:
+            if row.concerns(module):
+                row.correct(module, sequence)
+                yield row.words
 
 
-@contextmanager
-def _with_mscale(config: Config) -> Iterator[None]:
-    """DeepSeek-V2's attention made with the factor of YaRN in its scale, squared.
+def _is_plain_mamba(module: Any) -> bool:
+    return hasattr(module, "A_log") and hasattr(module, "chunk_size") and hasattr(module, "time_step_min")
 
-    As its publisher's own code (modeling_deepseek.py beside the checkpoint) has it.
-    """
-    import math
 
-    from transformers.models.deepseek_v2 import modeling_deepseek_v2 as modeling
+def _one_chunk(module: Any, sequence: int) -> None:
+    module.chunk_size = sequence
 
-    scaling = config["rope_scaling"]
-    factor = scaling["factor"]
-    scale = 0.1 * scaling["mscale_all_dim"] * math.log(factor) + 1.0 if factor > 1 else 1.0
-    attention: Any = modeling.DeepseekV2Attention
-    original = attention.__init__
 
-    def initialized(self: Any, *rest: Any, **named: Any) -> None:
-        original(self, *rest, **named)
-        self.scaling *= scale * scale
-
-    with patched(attention, "__init__", initialized):
-        yield
+def _clamped_by_limit(module: Any, sequence: int) -> None:
+    module.time_step_min = module.time_step_limit[0]
 
 
 CORRECTIONS: tuple[Correction, ...] = (
     Correction(
-        _scaled_by_mscale,
-        "corrected in transformers: the attention scale of DeepSeek-V2 takes the square of YaRN's factor "
-        "(mscale_all_dim), as in its publisher's own code",
-        _with_mscale,
+        _is_plain_mamba,
+        "transformers' plain Mamba scan adds the states of chunks up over the wrong axis: it runs in one chunk",
+        _one_chunk,
+    ),
+    Correction(
+        _is_plain_mamba,
+        "transformers' plain Mamba scan keeps time steps above time_step_min, its kernels within "
+        "time_step_limit: the limit holds",
+        _clamped_by_limit,
     ),
 )

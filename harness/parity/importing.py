@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from harness.parity.rules import OURS, added
+from harness.parity.rules import OURS, added, by_hand, words_by_hand
 from harness.stages import Raised
 from harness.standins.output import captured, import_foreign
 from harness.standins.patching import patched
@@ -30,7 +30,8 @@ class Imported:
 
     ``read`` and ``unread`` are tensors of the checkpoint; ``unfilled`` parameters and expert biases of the
     model, whole or in part; ``ours`` rules that this package adds to the importer's, in words; ``missing``
-    rules that neither has, by the importer's name for them; ``raised`` what stopped it.
+    rules that neither has, by the importer's name for them; ``raised`` what stopped it, and ``last`` the
+    tensor that it read before.
     """
 
     read: frozenset[str]
@@ -39,6 +40,7 @@ class Imported:
     ours: tuple[str, ...]
     missing: tuple[str, ...]
     raised: Raised | None
+    last: str = ""
 
     @property
     def complete(self) -> bool:
@@ -56,7 +58,7 @@ def import_checkpoint(model: nn.Module, folder: Path) -> Imported:
 
     empty(model)
     asked: dict[str, None] = {}
-    read: set[str] = set()
+    read: dict[str, None] = {}
     ours: dict[str, str] = {}
     raised = None
     with _reading(read), _with_rules(asked, ours), captured():
@@ -66,11 +68,12 @@ def import_checkpoint(model: nn.Module, folder: Path) -> Imported:
             raised = Raised.of(error)
     return Imported(
         read=frozenset(read),
-        unread=tuple(sorted(tensors_of(folder) - read)),
+        unread=tuple(sorted(tensors_of(folder) - read.keys())),
         unfilled=tuple(unfilled(model)),
         ours=tuple(ours.values()),
         missing=tuple(asked),
         raised=raised,
+        last=next(reversed(read), ""),
     )
 
 
@@ -103,7 +106,7 @@ def tensors_of(folder: Path) -> set[str]:
 
 
 @contextmanager
-def _reading(read: set[str]) -> Iterator[None]:
+def _reading(read: dict[str, None]) -> Iterator[None]:
     """Note every tensor that ModelOpt takes from a checkpoint, at the one place where it opens the files."""
     from modelopt.torch.export.plugins import mcore_custom
 
@@ -112,7 +115,8 @@ def _reading(read: set[str]) -> Iterator[None]:
     def slices(path: Any, key: str, *rest: Any, **named: Any) -> Any:
         tensor = original(path, key, *rest, **named)
         if tensor is not None:
-            read.add(key)
+            read.pop(key, None)
+            read[key] = None
         return tensor
 
     with patched(mcore_custom, "_get_safetensor_slices", slices):
@@ -158,8 +162,12 @@ def _with_rules(asked: dict[str, None], ours: dict[str, str]) -> Iterator[None]:
     class Importer(megatron_importer.GPTModelImporter):  # type: ignore[misc, name-defined]
         def _populate_rule_book(self) -> dict[str, Any]:
             filled = super()._populate_rule_book()
-            own = {rule.name: rule.words(self.arch) for rule in added(self.arch, known.get(self.arch, {}))}
-            return {**filled, self.arch: RuleBook(filled.get(self.arch, {}), own, asked, ours)}
+            if self.arch not in filled:
+                asked[f"for {self.arch} at all"] = None
+            rules = added(self.arch, known.get(self.arch, {}))
+            own = {rule.name: rule.words(self.arch) for rule in rules}
+            book = {**filled.get(self.arch, {}), **by_hand(self.arch, self)}
+            return {**filled, self.arch: RuleBook(book, own | words_by_hand(self.arch), asked, ours)}
 
     with ExitStack() as stack:
         stack.enter_context(patched(megatron_importer, "all_mcore_hf_import_mapping", books))
@@ -171,6 +179,6 @@ _MISSING_KEY = re.compile(r"Key \[(.+)\] does not exist!")
 
 
 def absent_tensor(raised: Raised) -> str | None:
-    """The tensor that the importer looked for and the checkpoint does not have; None if it stopped otherwise."""
+    """The tensor that the importer looked for in vain; None if it stopped for something else."""
     found = _MISSING_KEY.search(raised.words)
     return found[1] if found else None

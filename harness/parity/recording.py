@@ -27,12 +27,16 @@ Key = tuple[int | None, Part]
 
 @dataclass
 class Recorder:
-    """The values by layer and part, in the order in which they came about, and where each came from."""
+    """The values by layer and part, in the order in which they came about, and where each came from.
+
+    ``in_pairs``: the rotary embedding turns neighbouring channels, by complex numbers.
+    """
 
     batch: int
     sequence: int
     values: dict[Key, torch.Tensor] = field(default_factory=dict)
     paths: dict[Key, str] = field(default_factory=dict)
+    in_pairs: bool = False
 
     def add(self, key: Key, path: str, value: torch.Tensor, *, sequence_first: bool) -> None:
         """Keep ``value``; a part that ran twice in a pass is kept as it was last."""
@@ -91,9 +95,7 @@ def megatron_values(model: Any, batch: int, sequence: int) -> Iterator[Recorder]
 
 def _megatron_hooks(model: Any, recorder: Recorder) -> Iterator[RemovableHandle]:
     def hook(key: Key, path: str) -> Callable[..., None]:
-        return lambda module, inputs, output: recorder.add(
-            key, path, _with_bias(output), sequence_first=True
-        )
+        return lambda module, inputs, output: recorder.add(key, path, _with_bias(output), sequence_first=True)
 
     yield model.embedding.register_forward_hook(hook((None, Part.EMBEDDING), "embedding"))
     if (rotary := submodule(model, "rotary_pos_emb")) is not None:
@@ -123,11 +125,9 @@ def _megatron_inside(
 ) -> Iterator[RemovableHandle]:
     if (core := submodule(layer, "self_attention.core_attention")) is not None:
         path = f"{base}.self_attention.core_attention"
-        rotated = _rotated_last(layer)
 
         def before(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             given = [*inputs[:3], *(named[name] for name in ("query", "key", "value") if name in named)]
-            given = [_interleaved(value, rotated) if i < 2 else value for i, value in enumerate(given)]
             for part, value in zip((Part.QUERIES, Part.KEYS, Part.VALUES), given, strict=False):
                 recorder.add((index, part), path, value, sequence_first=True)
 
@@ -157,24 +157,6 @@ def _megatron_inside(
             recorder.add((index, Part.ROUTER), f"{base}.mlp.router", output[0], sequence_first=True)
 
         yield router.register_forward_hook(routed)
-
-
-def _rotated_last(layer: Any) -> int:
-    """How many channels at the end of a head latent attention rotates; 0 for other attention."""
-    config = layer.config
-    return int(config.qk_pos_emb_head_dim) if config.multi_latent_attention else 0
-
-
-def _interleaved(value: torch.Tensor, rotated: int) -> torch.Tensor:
-    """Put the rotated channels at the end back into pairs, as they are published.
-
-    Megatron's latent attention sorts the pairs into halves when it rotates them, on queries and keys alike.
-    """
-    if not rotated:
-        return value
-    plain, turned = value[..., :-rotated], value[..., -rotated:]
-    pairs = turned.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-    return torch.cat([plain, pairs], dim=-1)
 
 
 def _split_groups(value: torch.Tensor, heads: int, groups: int, width: int) -> torch.Tensor | None:
@@ -226,9 +208,7 @@ def _published_hooks(
     def hook(key: Key, module: nn.Module) -> RemovableHandle:
         path = names[module]
         return module.register_forward_hook(
-            lambda module, inputs, output: recorder.add(
-                key, path, first_tensor(output), sequence_first=False
-            )
+            lambda module, inputs, output: recorder.add(key, path, first_tensor(output), sequence_first=False)
         )
 
     for part, options in _ENDS:
@@ -318,6 +298,7 @@ def _published_projections(
 
 def _published_rotary(rotary: nn.Module, recorder: Recorder, path: str) -> RemovableHandle:
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        recorder.in_pairs = isinstance(output, torch.Tensor)
         recorder.add_plain((None, Part.ROTARY), path, published_frequencies(output))
 
     return rotary.register_forward_hook(hook)
@@ -356,6 +337,18 @@ def _attention_recorded(
         yield
 
 
+def _in_halves(value: torch.Tensor, rotated: Any) -> torch.Tensor:
+    """Sort the pairs among the last ``rotated`` channels into halves, as Megatron's latent attention does.
+
+    On queries and keys alike it changes no score.
+    """
+    if not rotated:
+        return value
+    plain, turned = value[..., :-rotated], value[..., -rotated:]
+    halves = turned.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    return torch.cat([plain, halves], dim=-1)
+
+
 def _recorded(
     eager: Callable[..., Any],
     places: dict[nn.Module, int],
@@ -363,10 +356,20 @@ def _recorded(
     recorder: Recorder,
 ) -> Callable[..., Any]:
     def attention(
-        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **named: Any
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *rest: Any,
+        **named: Any,
     ) -> Any:
         index, path = places[module], names[module]
-        for part, tensor in ((Part.QUERIES, query), (Part.KEYS, key), (Part.VALUES, value)):
+        rotated = module.qk_rope_head_dim if recorder.in_pairs and hasattr(module, "qk_rope_head_dim") else 0
+        for part, tensor in (
+            (Part.QUERIES, _in_halves(query, rotated)),
+            (Part.KEYS, _in_halves(key, rotated)),
+            (Part.VALUES, value),
+        ):
             recorder.add((index, part), path, tensor.transpose(1, 2), sequence_first=False)
         output = eager(module, query, key, value, *rest, **named)
         recorder.add((index, Part.CORE), path, output[0], sequence_first=False)

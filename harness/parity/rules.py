@@ -7,7 +7,7 @@ added; what needs more than a mapping stays missing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +83,12 @@ OURS: Mapping[str, tuple[Ours, ...]] = {
         ),
         *_w_experts("block_sparse_moe."),
     ),
+    "Phi3ForCausalLM": (
+        *_ends(),
+        # The gate's rows come before the others on both sides.
+        Ours("linear_fc1", _COPY, _LAYER + "mlp.gate_up_proj."),
+        Ours("linear_fc2", _COPY, _LAYER + "mlp.down_proj."),
+    ),
     "NemotronForCausalLM": (
         *_attention(),
         Ours("linear_fc1", _COPY, _LAYER + "mlp.up_proj."),
@@ -106,6 +112,45 @@ OURS: Mapping[str, tuple[Ours, ...]] = {
         Ours("local_experts.linear_fc2", _COPY, _LAYER + "mlp.experts.{}.down_proj."),
     ),
 }
+
+
+def by_hand(architecture: str, importer: Any) -> Mapping[str, Callable[..., None]]:
+    """The rules of ours that no function of the importer can do: the name and what does it."""
+    if architecture not in _FUSED:
+        return {}
+
+    def linear_qkv(module: Any, layer: int, **options: Any) -> None:
+        importer._name_remapping(module, _FUSED[architecture].format(layer))
+        config = module.config
+        module.weight.data.copy_(
+            grouped(module.weight.data, config.num_attention_heads, config.num_query_groups)
+        )
+
+    return {"linear_qkv": linear_qkv}
+
+
+def words_by_hand(architecture: str) -> Mapping[str, str]:
+    """What the report says of each rule of ``by_hand``."""
+    if architecture not in _FUSED:
+        return {}
+    prefix = _FUSED[architecture]
+    words = f"linear_qkv from {prefix}weight, its rows put group by group (ours: ModelOpt's importer has no"
+    return {"linear_qkv": f"{architecture} {words} such rule)"}
+
+
+# Queries, keys and values in one matrix, all heads of each in a row.
+_FUSED: Mapping[str, str] = {"Phi3ForCausalLM": _LAYER + "self_attn.qkv_proj."}
+
+
+def grouped(fused: Any, heads: int, groups: int) -> Any:
+    """Rows [all queries, all keys, all values] -> [group by group: its queries, its key, its value]."""
+    import torch
+
+    width = len(fused) // (heads + 2 * groups)
+    rows = fused.view(heads + 2 * groups, width, -1)
+    queries, keys, values = rows.split([heads, groups, groups])
+    parts = queries.unflatten(0, (groups, heads // groups)), keys.unsqueeze(1), values.unsqueeze(1)
+    return torch.cat(parts, dim=1).reshape(fused.shape)
 
 
 def added(architecture: str, known: Mapping[str, Any]) -> tuple[Ours, ...]:

@@ -6,17 +6,19 @@ decides whether there is a difference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from harness.arguments import Arguments, How
 from harness.arguments.effective import NO_EFFECT, effective
 from harness.facts import Facts
-from harness.families import Expectation, Limit, expectations
+from harness.families import Expectation, Limit, Unknown, expectations
+from harness.finding import Finding, Severity
 from harness.parity.site import Part
 
-_NORM = "layernorm_epsilon normalization apply_layernorm_1p"
+_NORM = "layernorm_epsilon normalization layernorm_zero_centered_gamma"
 _ROTATION = """
     rotary_base rotary_percent rotary_interleaved use_rope_scaling rope_scaling_factor rope_type
     rotary_scaling_factor rotary_seq_len_interpolation_factor mscale mscale_all_dim
@@ -131,6 +133,39 @@ def limits(facts: Facts) -> tuple[Limit, ...]:
     return tuple(item for item in items if isinstance(item, Limit))
 
 
+# Arguments whose value is the published key's, so that either stands for the other.
+_SAME_VALUE = frozenset({"layernorm_epsilon", "rotary_base", "moe_router_topk_scaling_factor"})
+
+
+def completed(facts: Facts, arguments: Arguments) -> tuple[Facts, tuple[Finding, ...]]:
+    """The facts with what no publisher's figure says and the preset does; a warning for each.
+
+    Nothing is known of these, so that they cannot be compared; all else can.
+    """
+    missing = {dest: key for dest, key in unknown(facts).items() if dest in _SAME_VALUE}
+    values = {key: arguments[dest] for dest, key in missing.items()}
+    warnings = tuple(
+        arguments.finding(
+            dest,
+            f"{facts.label} does not say {key}: the published model was given the preset's, and nothing here "
+            "says whether it is right",
+            stage="parity",
+            severity=Severity.WARNING,
+            actual=arguments[dest],
+        )
+        for dest, key in missing.items()
+    )
+    config = MappingProxyType({**facts.config, **values})
+    return replace(facts, config=config, published=facts.published | values.keys()), warnings
+
+
+def unknown(facts: Facts) -> Mapping[str, str]:
+    """The arguments of which the publisher says nothing, each with the key that would."""
+    family = facts.family
+    items = () if family is None else expectations(family, facts.config)
+    return {item.what: item.key for item in items if isinstance(item, Unknown)}
+
+
 def _published(facts: Facts) -> Mapping[str, Expectation]:
     family = facts.family
     if family is None:
@@ -175,8 +210,3 @@ def _said(value: Any) -> str:
 
 # Entries of a pattern that are said in full.
 _SHORT = 8
-
-
-def every(part: Part, arguments: Arguments, facts: Facts) -> Iterator[str]:
-    """The texts of ``acting``."""
-    return (setting.text for setting in acting(part, arguments, facts))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from harness.build import build_model
-from harness.finding import Finding, Severity
+from harness.finding import Finding
 from harness.layout import Layout
 from harness.parity import checkpoint
 from harness.parity.blame import difference, import_findings, import_limit, limit_at
 from harness.parity.compare import TOLERANCES, Comparison, compare
-from harness.parity.corrections import corrected
+from harness.parity.corrections import correct
 from harness.parity.importing import Imported, import_checkpoint
+from harness.parity.settings import completed
 from harness.parity.twin import NoTwin, Twin, twin
 from harness.stages import Raised
 from harness.standins import installed
@@ -68,7 +69,8 @@ def prove_parity(plan: ShrinkPlan, facts: Facts, device: torch.device) -> Parity
 
     Call it with no world open. What Megatron or ModelOpt raises is in the result.
     """
-    with TemporaryDirectory() as name, installed(device, plan.before), _exact(), corrected(facts) as words:
+    facts, warnings = completed(facts, plan.before.arguments)
+    with TemporaryDirectory() as name, installed(device, plan.before), _exact():
         folder = Path(name)
         try:
             small = twin(facts, plan)
@@ -79,11 +81,7 @@ def prove_parity(plan: ShrinkPlan, facts: Facts, device: torch.device) -> Parity
         published = published.to(device)  # type: ignore[arg-type]
         with open_world(Layout(), device):
             proved = _proved(plan, facts, device, small, published, folder)
-    if not words:
-        return proved
-    return Parity(
-        proved.findings, proved.limit, "; ".join((proved.detail, *words)), proved.relative, proved.sites
-    )
+    return replace(proved, findings=(*proved.findings, *warnings))
 
 
 def _proved(
@@ -97,12 +95,13 @@ def _proved(
         return Parity((Raised.of(error).finding(NAME),), "", "")
     imported = import_checkpoint(model, folder)
     if not imported.complete:
-        limit = import_limit(imported, small, arguments, facts)
+        limit = import_limit(imported, small, plan.after, arguments, facts)
         if limit:
             return Parity((), limit, _detail(imported, small, None))
         return Parity(tuple(import_findings(imported, small, arguments, facts)), "", "")
     vocabulary = min(plan.after.padded_vocab_size, published.config.get_text_config().vocab_size)
     tokens = token_ids(vocabulary, BATCH_SIZE, _length(plan, small), device)
+    corrections = correct(published, tokens.shape[1])
     try:
         comparison = compare(published, model, tokens, TOLERANCES[device.type])
     except Exception as error:
@@ -110,7 +109,8 @@ def _proved(
         if raised.owner is None:
             raise
         return Parity((raised.finding(NAME),), "", "")
-    detail, sites = _detail(imported, small, comparison), comparison.sites
+    detail = "; ".join((_detail(imported, small, comparison), *corrections))
+    sites = comparison.sites
     if comparison.first is None:
         return Parity((), "", detail, comparison.relative, sites)
     limit = limit_at(comparison.first, plan.after, facts)
@@ -144,7 +144,3 @@ def _exact() -> Iterator[None]:
         for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
             stack.enter_context(patched(backend, "allow_tf32", False))
         yield
-
-
-def failed(message: str) -> Finding:
-    return Finding(NAME, Severity.ERROR, message)
