@@ -114,11 +114,11 @@ def _heads(mixer: Attention | None, which: int, values: torch.Tensor) -> torch.T
         return values
     groups = mixer.num_query_groups
     queries = mixer.query_width // groups * (2 if mixer.output_gate else 1)
-    sizes = [queries, mixer.kv_channels, mixer.kv_channels]
-    if len(values) != groups * sum(sizes):
+    ends = [0, queries, queries + mixer.kv_channels, queries + 2 * mixer.kv_channels]
+    if len(values) != groups * ends[-1]:
         return values
-    taken = values.reshape(groups, sum(sizes), *values.shape[1:]).split(sizes, 1)[which]
-    return taken.reshape(-1, *values.shape[1:])
+    each = values.reshape(groups, ends[-1], *values.shape[1:])
+    return each[:, ends[which] : ends[which + 1]].reshape(-1, *values.shape[1:])
 
 
 def _packed(values: torch.Tensor, mixed: bool) -> torch.Tensor:

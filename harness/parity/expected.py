@@ -1,4 +1,4 @@
-"""Expected: the tensors of a published checkpoint, a recipe and Megatron's model -> those of the exported one.
+"""Expected: a published checkpoint, a recipe and Megatron's model -> the tensors of the exported one.
 
 The names and shapes are the published checkpoint's own; what the recipe quantizes, and how that is stored,
 comes from the recipe and the formats' definitions. ModelOpt's exporter is not asked.
@@ -50,7 +50,7 @@ class Expected:
 
 
 def published_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the checkpoint in ``folder``; MXFP4 blocks as the matrix they hold."""
+    """Name and shape of each tensor of the checkpoint in ``folder``; MXFP4 blocks as the matrix they hold."""
     from safetensors import safe_open
 
     shapes: dict[str, tuple[int, ...]] = {}
@@ -77,7 +77,8 @@ def counterparts(
     has not."""
     parameters = dict(held(model))
     found: dict[str, Counterpart] = {}
-    findings, covered = [], set()
+    findings: list[Finding] = []
+    covered: set[str] = set()
     for name, shape in shapes.items():
         made = counterpart(name, architecture, shapes, parameters)
         if made is None:
@@ -129,7 +130,7 @@ def _expected(
             recipe.formats_of(module, "weight"), recipe.formats_of(module, "input"), folded
         )
     if weight is None:
-        kind = router_dtype if role_of(one.parameters[0]) is Role.ROUTER else dtype
+        kind = router_dtype if role_of(module) is Role.ROUTER else dtype
         return Expected(one, shape, None, {one.name: Stored(shape, kind)}, {"weight": one.name})
     stem = f"{one.name}_" if one.packed else one.name.removesuffix("weight")
     made = stored.tensors(weight, shape)

@@ -23,11 +23,22 @@ from harness.proofs.packing import Stored
 
 # A fake-quantized weight is rounded to bf16, of eight significant bits, once; decoding rounds nothing.
 _BF16_ROUNDING = 2.0**-8
-# How far from halfway between two neighbours, in steps of the format, a number may be rounded to either.
-# Dividing by a scale is not multiplying by its inverse; and for FP8 the exporter divides in bf16 (torch keeps
-# bf16 under a scale without dimensions), which moves a quotient by up to 2**-9 of itself, that is 2**-5 steps.
-_HALFWAY = {Kind.FP8: 2.0**-4}
-_HALFWAY_OTHERWISE = 2.0**-6
+# How far from halfway between two neighbours, in steps of the format, a number may be rounded to either, as
+# dividing by a scale is not multiplying by its inverse: what rounding to bf16 moves the fake-quantized one
+# by, of so many steps. FP8 has 16; and its quotient the exporter rounds to bf16 too (torch keeps bf16 under
+# a scale without dimensions), by 2**-5 steps, which counts twice: nearer to one, farther from the other.
+_HALFWAY = {
+    Kind.FP8: 2.0**-4 + 2 * 2.0**-5,
+    Kind.FP8_ROWS: 2.0**-4,
+    Kind.NVFP4: 2.0**-6,
+    Kind.NVFP4_WEIGHTS: 2.0**-6,
+    Kind.INT4: 2.0**-5,
+    Kind.INT8: 0.5,
+    Kind.INT8_WEIGHTS: 0.5,
+}
+# Numbers of a matrix that are looked at, in pairs of rows evenly over it: weights are random, so that a wrong
+# layout, order or scale shows in any of them.
+_LOOKED_AT = 1 << 16
 # Two divisions of float32.
 _SCALE_ROUNDING = 2.0**-22
 
@@ -96,7 +107,7 @@ def check_numbers(
     checkpoint: Checkpoint, expecteds: Sequence[Expected], model: torch.nn.Module
 ) -> Iterator[Finding]:
     """Findings where numbers or scales are not the model's. Of tensors that are there as expected alone."""
-    weights = dict(held(model))
+    weights, modules = dict(held(model)), dict(model.named_modules())
 
     @cache
     def values(parameter: str) -> torch.Tensor:
@@ -104,8 +115,7 @@ def check_numbers(
 
     @cache
     def rounded(parameter: str) -> torch.Tensor:
-        module = model.get_submodule(parameter.rpartition(".")[0])
-        quantizer: Any = module.weight_quantizer
+        quantizer: Any = modules[parameter.rpartition(".")[0]].weight_quantizer
         with torch.no_grad():
             fake: torch.Tensor = quantizer(weights[parameter].detach())
         return fake.cpu()
@@ -132,42 +142,56 @@ def check_numbers(
                 what = f"differs from Megatron's weight in {wrong} of {wanted.numel()} places"
                 yield finding(one.counterpart.name, what, 0, wrong, module)
             continue
-        yield from _check_weight(one, found, one.counterpart.of(values), one.counterpart.of(rounded))
-        yield from _check_scales(one, found, model)
+        original = one.counterpart.of(values)
+        # All experts of a packed tensor share the largest scale, so that each is rounded anew.
+        fake = original if one.counterpart.packed else one.counterpart.of(rounded)
+        yield from _check_weight(one, found, original, fake)
+        yield from _check_scales(one, found, modules)
 
 
 def _check_weight(
     one: Expected, found: Mapping[str, torch.Tensor], original: torch.Tensor, fake: torch.Tensor
 ) -> Iterator[Finding]:
     assert one.weight is not None
+    rows = _some_rows(original)
+    found = stored.rows_of(one.weight, found, rows)
+    original, fake = original[..., rows, :], fake[..., rows, :]
     numbers = stored.decoded(one.weight, found)
     # What is equal in bf16, mostly all, needs no closer look.
     differs = numbers.to(torch.bfloat16) != fake
     if not differs.any():
         return
-    step = stored.step(one.weight, fake, found)[differs]
-    numbers, original, rounded = numbers[differs], original[differs].float(), fake[differs].float()
-    halfway = _HALFWAY.get(one.weight.kind, _HALFWAY_OTHERWISE)
+    # At a power of two, rounding to bf16 may leave one of the two where the steps are half as long.
+    step = stored.step(one.weight, torch.maximum(numbers.abs(), fake.float().abs()), found)[differs]
+    numbers, first, rounded = numbers[differs], original[differs].float(), fake[differs].float()
+    halfway = _HALFWAY[one.weight.kind]
     if one.counterpart.packed:
-        # All experts share the largest scale: each is rounded anew, to within half a step of that.
-        right = (numbers - original).abs() <= step * (0.5 + halfway)
+        right = (numbers - first).abs() <= step * (0.5 + halfway)
     else:
         apart = (numbers - rounded).abs()
-        either = ((numbers - original).abs() - (rounded - original).abs()).abs() <= halfway * step
+        either = ((numbers - first).abs() - (rounded - first).abs()).abs() <= halfway * step
         right = (apart <= _BF16_ROUNDING * rounded.abs()) | (either & (apart <= step * (1 + halfway)))
     # A number that is none compares as false.
     wrong = int((~right).sum())
     if wrong:
-        what = f"decodes to other numbers than the fake-quantized weight in {wrong} of {fake.numel()} places"
+        what = "decodes to other numbers than the fake-quantized weight"
+        what += f" in {wrong} of {fake.numel()} places looked at"
         yield finding(one.counterpart.name, what, 0, wrong, one.counterpart.modules[0])
 
 
+def _some_rows(weight: torch.Tensor) -> torch.Tensor:
+    """Indices of rows of [..., rows, columns], two by two as int4 packs them, all where they are few."""
+    rows, columns = weight.shape[-2:]
+    pairs = max(1, _LOOKED_AT // (2 * columns))
+    first = 2 * torch.linspace(0, max(rows // 2 - 1, 0), min(pairs, max(rows // 2, 1))).long()
+    return torch.stack((first, first + 1), 1).flatten() if rows > 1 else first
+
+
 def _check_scales(
-    one: Expected, found: Mapping[str, torch.Tensor], model: torch.nn.Module
+    one: Expected, found: Mapping[str, torch.Tensor], modules: Mapping[str, Any]
 ) -> Iterator[Finding]:
     assert one.weight is not None
-    modules: list[Any] = [model.get_submodule(path) for path in one.counterpart.modules]
-    for part, wanted in _scales(one, modules).items():
+    for part, wanted in _scales(one, [modules[path] for path in one.counterpart.modules]).items():
         actual = found.get(part)
         if actual is None:
             continue
@@ -205,5 +229,3 @@ def _scales(one: Expected, modules: Sequence[Any]) -> dict[str, torch.Tensor]:
         if "pre_quant_scale" in one.parts:
             scales.setdefault("pre_quant_scale", []).append(module.input_quantizer.pre_quant_scale.detach())
     return {name: torch.stack(each).amax(0) for name, each in scales.items()}
-
-

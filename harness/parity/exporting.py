@@ -7,7 +7,6 @@ The model is in bf16 and its export as in production (Megatron-LM's ``examples/p
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,15 +14,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from harness.build import build_model
+from harness.calibration import Calibration
 from harness.finding import Finding
 from harness.layout import Layout
 from harness.layout_rules import Owner
 from harness.parity import checkpoint as published
 from harness.parity.expected import counterparts, expected, published_shapes
 from harness.parity.exported import check_numbers, check_tensors, read
-from harness.parity.quantization_config import check_config
-from harness.parity.stored import Kind, NotKnown
-from harness.quantize import quantize
+from harness.parity.exporter_limits import divided
+from harness.parity.quantization_config import check_config, check_sizes
+from harness.parity.stored import NotKnown
+from harness.quantize import without_folders
+from harness.routing import forward_and_routes
 from harness.stages import Raised
 from harness.standins.output import captured
 from harness.world import open_world
@@ -47,39 +49,6 @@ class Exported:
     findings: tuple[Finding, ...]
     limit: str
     detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """A difference that ModelOpt's exporter makes whatever the preset, by its place in the exporter."""
-
-    applies: Callable[[Finding, list[Expected]], bool]
-    words: str
-
-
-def _kinds(expecteds: list[Expected]) -> set[Kind]:
-    return {one.weight.kind for one in expecteds if one.weight is not None}
-
-
-# The kinds whose config ``GPTModelExporter.save_pretrained`` writes.
-_SAID = {Kind.FP8, Kind.NVFP4, Kind.NVFP4_WEIGHTS}
-_KNOWN = (
-    _Known(
-        lambda finding, expecteds: (
-            finding.message.partition("  ")[0].endswith("pre_quant_scale") and finding.actual is None
-        ),
-        "the exporter leaves out pre_quant_scale, the scale per input channel that calibration moved into the "
-        "weights, and without a word where inputs are not quantized (_get_quantized_state in "
-        "unified_export_megatron.py): what is exported gives other outputs",
-    ),
-    _Known(
-        lambda finding, expecteds: (
-            finding.message.startswith("hf_quant_config.json  is missing") and not _kinds(expecteds) & _SAID
-        ),
-        "the exporter writes no quantization config for this format (save_pretrained in "
-        "unified_export_megatron.py knows FP8 and NVFP4 alone): no reader can tell that weights are packed",
-    ),
-)
 
 
 def export_round_trip(
@@ -119,39 +88,45 @@ def _round_trip(
         expecteds = expected(found, shapes, recipe, _DTYPE, router)
     except NotKnown as error:
         return Exported((), f"harness: how {error} is stored is not known here", "nothing exported")
-    quantize(model, recipe, small, device)
     target.mkdir()
     try:
         with captured():
+            _quantize(model, recipe, small, device)
             export_mcore_gpt_to_hf(
                 model,
                 str(source),
                 dtype=_DTYPE,
                 export_dir=str(target),
-                moe_router_dtype=model.config.moe_router_dtype,  # type: ignore[arg-type]
+                moe_router_dtype=model.config.moe_router_dtype,
             )
     except Exception as error:
-        return Exported((), Raised.of(error).text, "the exporter raised")
-    return judged(target, expecteds, model)
+        words = Raised.of(error).text.replace(str(source), "the published checkpoint")
+        return Exported((), words.replace(str(target), "the exported one"), "nothing exported")
+    return judged(source, target, expecteds, model, small)
 
 
-def judged(folder: Path, expecteds: list[Expected], model: Any) -> Exported:
-    """Findings and limits of the checkpoint in ``folder``, exported from ``model``."""
-    checkpoint = read(folder)
+def _quantize(model: Any, recipe: Recipe, small: Architecture, device: torch.device) -> None:
+    """As the quantize stage does it, which proves more than an export needs."""
+    import modelopt.torch.quantization as mtq
+
+    calibration = Calibration(small, device)
+    calibration.suffice(model, forward_and_routes(model, calibration.first))
+    mtq.quantize(model, without_folders(recipe.to_config()), calibration)
+
+
+def judged(
+    source: Path, target: Path, expecteds: list[Expected], model: Any, small: Architecture
+) -> Exported:
+    """Findings and limits of the checkpoint in ``target``, exported from ``model``, that of
+    ``small``; ``source`` is the published one."""
+    checkpoint = read(target)
     findings = [
         *check_tensors(checkpoint, expecteds),
         *check_numbers(checkpoint, expecteds, model),
         *check_config(checkpoint, expecteds),
+        *check_sizes(source, target),
     ]
-    limits: list[str] = []
-    left = []
-    for finding in findings:
-        known = next((one for one in _KNOWN if one.applies(finding, expecteds)), None)
-        if known is None:
-            left.append(finding)
-        elif known.words not in limits:
-            limits.append(known.words)
+    left, limit = divided(findings, expecteds, small)
     quantized = sum(one.weight is not None for one in expecteds)
-    limit = f"{Owner.MODELOPT}: {'; '.join(limits)}" if limits else ""
     detail = f"{len(checkpoint.tensors)} tensors exported, {quantized} weights quantized"
-    return Exported(tuple(left), limit, detail)
+    return Exported(left, limit, detail)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from harness.finding import Finding
@@ -18,7 +19,7 @@ from harness.parity.stored import Kind
 _FILE, _CONFIG = "hf_quant_config.json", "config.json"
 MIXED = "MIXED_PRECISION"
 _BITS = {Kind.NVFP4: 4, Kind.NVFP4_WEIGHTS: 4, Kind.INT4: 4}
-# Its blocks are what the format says, without a scale of each that the config would have to give.
+# What is a matrix in a checkpoint and no linear in the model.
 _NOT_LINEAR = ("norm", "embed", "conv1d")
 
 
@@ -98,3 +99,30 @@ def _check_copy(
         if actual[key] != value:
             what = f"quantization_config has {key} {actual[key]!r}, expected {value!r}"
             yield finding(_CONFIG, what, value, actual[key])
+
+
+def check_sizes(published: Path, exported: Path) -> Iterator[Finding]:
+    """Findings where ``config.json`` does not describe the published model any more, as transformers reads
+    it; the exporter writes it anew, with sizes of Megatron's."""
+    from transformers import AutoConfig
+
+    configs = [AutoConfig.from_pretrained(folder).to_dict() for folder in (published, exported)]
+    before, after = (_plain(config) for config in configs)
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            what = f"{key} is {after.get(key)!r}, published {before.get(key)!r}"
+            yield finding(_CONFIG, what, before.get(key), after.get(key))
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without what an export may change, those that it is made of by dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if key.endswith("_config") and isinstance(value, Mapping) and key != "quantization_config":
+            found |= {f"{key}.{inner}": held for inner, held in _plain(value).items()}
+        elif key not in _MAY_CHANGE:
+            found[key] = value
+    return found
+
+
+_MAY_CHANGE = ("quantization_config", "dtype", "torch_dtype", "transformers_version", "_name_or_path")

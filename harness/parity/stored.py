@@ -103,6 +103,18 @@ def tensors(weight: Weight, shape: tuple[int, ...]) -> dict[str, Stored]:
     return made
 
 
+def rows_of(weight: Weight, found: Mapping[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The stored tensors of some ``rows`` of the matrix, indices that go in pairs."""
+    some = dict(found)
+    packed = rows[::2] // 2 if weight.kind is Kind.INT4 else rows
+    some["weight"] = found["weight"][..., packed, :]
+    if weight.block:
+        some["weight_scale"] = found["weight_scale"][..., rows, :]
+    elif weight.kind is not Kind.FP8:
+        some["weight_scale"] = found["weight_scale"][..., rows]
+    return some
+
+
 def decoded(weight: Weight, found: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The numbers [rows, columns] in float32 that stored tensors, of the shapes above, stand for."""
     packed, scale = found["weight"], found["weight_scale"].float()
@@ -155,5 +167,5 @@ def weight_scale(weight: Weight, amax: torch.Tensor) -> tuple[str, torch.Tensor]
 
 def input_scale(form: Format, amax: torch.Tensor) -> torch.Tensor:
     """What a calibrated ``amax`` of inputs comes to: one number."""
-    largest = E2M1_MAX * E4M3_MAX if form.is_nvfp4 else _LARGEST[form.num_bits]  # type: ignore[index]
+    largest = E2M1_MAX * E4M3_MAX if form.is_nvfp4 else _LARGEST[form.num_bits]
     return amax.float().amax() / largest
