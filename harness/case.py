@@ -13,7 +13,10 @@ from harness.finding import Finding
 from harness.layout import Layout
 from harness.shrink.invariants import Invariant
 
-STAGES = ("parse", "reference", "audit", "config", "shrink", "build", "forward", "quantize")
+STAGES = ("parse", "reference", "audit", "config", "shrink", "build", "forward", "quantize", "parity")
+
+# In the place of a recipe: the case that compares a preset's model with the published one's, once a preset.
+PARITY = "parity"
 
 # The check that exactly what a recipe means is quantized.
 COVERAGE = "coverage"
@@ -37,6 +40,7 @@ REAL, FIRST_RANKS = "real", "first"
 class Case:
     """One thing to check. ``path`` is the preset file, ``presets`` its tree where it is not the default.
 
+    ``recipe`` is a recipe's name, or ``PARITY``, which quantizes nothing and has one rank.
     ``ranks`` are those of the layout that are simulated (``rank.ranks_named``), or ``real`` for a process
     each. ``prove`` are those of ``PROOFS`` that are asked for.
     """
@@ -54,6 +58,12 @@ class Case:
     def name(self) -> str:
         ranks = "" if self.ranks == FIRST_RANKS else f"-{self.ranks}"
         return f"{self.preset}-{self.recipe}-{self.layout}{ranks}-{self.device}"
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Those that it goes through, in order."""
+        without = ("build", "forward", "quantize") if self.recipe == PARITY else ("parity",)
+        return tuple(stage for stage in STAGES if stage not in without)
 
     @property
     def repro(self) -> str:

@@ -28,6 +28,7 @@ from harness.preset import Found, find
 from harness.selection import (
     DEFAULT_TIMEOUT,
     cases_of,
+    checks_named,
     default_tree,
     layouts_named,
     not_checked_json,
@@ -60,6 +61,13 @@ Json = Annotated[
 ]
 Recipes = Annotated[
     list[str] | None, typer.Option("--recipe", help="a recipe, several with commas, default or all")
+]
+Checks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--recipe",
+        help="a recipe, several with commas, default or all; parity compares with Hugging Face's model",
+    ),
 ]
 Layouts = Annotated[
     list[str] | None, typer.Option("--layout", help="parallel sizes: tp2, or tp8,ep4,etp1,pp2")
@@ -175,7 +183,7 @@ def audit(
 @app.command()
 def check(
     names: Names = None,
-    recipe: Recipes = None,
+    recipe: Checks = None,
     layout: Layouts = None,
     ranks: Ranks = FIRST_RANKS,
     prove: Prove = None,
@@ -190,12 +198,12 @@ def check(
     """Every stage of every case; no name means every preset."""
     from harness.runner import run_cases
 
-    recipes, chosen = recipes_named(recipe or []), resolve_device(device)
+    checks, chosen = checks_named(recipe or []), resolve_device(device)
     layouts, proofs = runnable(layouts_named(layout or []), ranks, chosen), proofs_named(prove or [])
     workers = _jobs(jobs, chosen, processes_per_case(layouts, ranks))
     found = _find(names or [], presets)
     pipeline.require_possible(found.files, layouts)
-    cases = cases_of(found.files, recipes, layouts, chosen, presets, ranks, proofs)
+    cases = cases_of(found.files, checks, layouts, chosen, presets, ranks, proofs)
     if timeout < 0:
         raise UsageError(f"--timeout {timeout:g} is less than no time")
     if json_ not in (None, "-"):

@@ -18,7 +18,7 @@ from harness.architecture import Architecture, NotAModel, architecture
 from harness.arguments import Arguments, How, Origin
 from harness.arguments.modelled import unmodelled
 from harness.audit import audit
-from harness.case import Case, CaseReport, Outcome, ShrinkReport
+from harness.case import PARITY, Case, CaseReport, Outcome, ShrinkReport
 from harness.errors import RankLost, UnknownLayout, UsageError
 from harness.finding import Finding, Severity, has_errors
 from harness.inventory import counts
@@ -46,7 +46,7 @@ def blueprint(file: PresetFile, layout: Layout) -> tuple[CaseReport, ShrinkPlan 
     """What ``harness show`` prints: the torch-free stages and the shrink plan."""
     start = perf_counter()
     run = Run()
-    plan = shrink_stage(run, _read(run, file, layout, None), layout)
+    plan = shrink_stage(run, _read(run, file, layout, None)[0], layout)
     case = Case(file.name, str(file.path), "", layout, "")
     report = CaseReport(case, _outcome(run), perf_counter() - start, tuple(run.stages), tuple(run.findings))
     return replace(report, shrink=_shrink_report(plan)), plan
@@ -110,23 +110,23 @@ def _error(run: Run, case: Case, reason: str, log: str) -> CaseReport:
 
 
 def _check(run: Run, case: Case) -> CaseReport:
-    recipe = find_recipe(case.recipe)
-    full = _read(run, PresetFile(case.preset, Path(case.path)), case.layout, recipe)
+    recipe = None if case.recipe == PARITY else find_recipe(case.recipe)
+    full, facts = _read(run, PresetFile(case.preset, Path(case.path)), case.layout, recipe)
     if full is not None and (reason := _impossible(run, full, case.layout)):
         stages, findings = tuple(run.stages), tuple(run.findings)
         return CaseReport(case, Outcome.UNSUPPORTED, 0.0, stages, findings, reason=reason)
-    model = SmallModel(run, case, recipe, full)
+    model = SmallModel(run, case, recipe, full, facts)
     model.run_stages()
     failed = has_errors(run.findings)
     return CaseReport(
         case=case,
-        outcome=Outcome.UNSUPPORTED if model.limit and not failed else _outcome(run),
+        outcome=_outcome(run, model),
         seconds=0.0,
         stages=tuple(run.stages),
         findings=tuple(run.findings),
         stand_ins=model.stand_ins,
         shrink=_shrink_report(model.plan),
-        reason="" if failed else model.limit,
+        reason="" if failed else model.limit or model.skipped,
         log=model.log if failed else "",
     )
 
@@ -149,8 +149,11 @@ def _impossible(run: Run, full: Architecture, layout: Layout) -> str | None:
 # ---- the stages without torch ----
 
 
-def _read(run: Run, file: PresetFile, layout: Layout, recipe: Recipe | None) -> Architecture | None:
-    """parse, reference and audit; the full-size architecture, where the file describes one."""
+def _read(
+    run: Run, file: PresetFile, layout: Layout, recipe: Recipe | None
+) -> tuple[Architecture | None, Facts | None]:
+    """parse, reference and audit; the full-size architecture, where the file describes one, and what is
+    published of it."""
     with run.stage("parse") as stage:
         preset = load_preset(file)
         stage.findings.extend(preset.findings)
@@ -185,7 +188,7 @@ def _read(run: Run, file: PresetFile, layout: Layout, recipe: Recipe | None) -> 
                 stage.detail = result.detail
                 # What cannot run at this layout is not built, and its plan would be another model's.
                 stage.usable = not result.limits
-    return full
+    return full, facts
 
 
 # About what today's tokenizers have; what is built from it is shrunken anyway.
@@ -232,5 +235,9 @@ def _shrink_report(plan: ShrinkPlan | None) -> ShrinkReport | None:
     return ShrinkReport(sizes(plan.before), sizes(plan.after), plan.invariants)
 
 
-def _outcome(run: Run) -> Outcome:
-    return Outcome.FAILED if has_errors(run.findings) else Outcome.PASSED
+def _outcome(run: Run, model: SmallModel | None = None) -> Outcome:
+    if has_errors(run.findings):
+        return Outcome.FAILED
+    if model is not None and model.limit:
+        return Outcome.UNSUPPORTED
+    return Outcome.SKIPPED if model is not None and model.skipped else Outcome.PASSED

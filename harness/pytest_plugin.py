@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from harness.case import FIRST_RANKS, Case, CaseReport, Outcome
+from harness.case import FIRST_RANKS, PARITY, Case, CaseReport, Outcome
 from harness.devices import gpu_count, resolve_device, worker_count
 from harness.errors import UsageError
 from harness.layout import Layout
@@ -27,16 +27,15 @@ from harness.messages import failure_text, stand_ins_text, warnings_text
 from harness.pipeline import require_possible
 from harness.preset import PresetFile
 from harness.processes import pin_threads
-from harness.recipes import Recipe
 from harness.report import from_json, stand_ins, to_json
 from harness.selection import (
     DEFAULT_TIMEOUT,
     cases_of,
+    checks_named,
     layouts_named,
     not_checked_text,
     processes_per_case,
     proofs_named,
-    recipes_named,
     runnable,
 )
 from harness.tree import Kind, NotChecked, leads_back, preset_at, survey, what_it_is
@@ -50,9 +49,12 @@ _GRACE_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The options of one run. ``places`` are the files and folders named on the command line."""
+    """The options of one run. ``places`` are the files and folders named on the command line.
 
-    recipes: tuple[Recipe, ...]
+    ``checks`` are as in ``selection.cases_of``.
+    """
+
+    checks: tuple[str, ...]
     layouts: tuple[Layout, ...]
     ranks: str
     device: str
@@ -71,7 +73,10 @@ _REPORT = pytest.StashKey[CaseReport]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("harness", "Megatron-LM model presets")
     group.addoption(
-        "--recipe", action="append", default=[], help="a recipe, several with commas, default or all"
+        "--recipe",
+        action="append",
+        default=[],
+        help="a recipe, several with commas, default or all; parity compares with Hugging Face's model",
     )
     group.addoption("--layout", action="append", default=[], help="parallel sizes: tp2, or tp8,ep4,etp1,pp2")
     group.addoption(
@@ -111,7 +116,7 @@ def _wanted(config: pytest.Config) -> Wanted:
         require_possible(_presets(config, places), layouts)
     ranks, resolved = config.getoption("ranks"), resolve_device(device)
     return Wanted(
-        recipes_named(config.getoption("recipe")),
+        checks_named(config.getoption("recipe")),
         tuple(runnable(layouts, ranks, resolved)),
         ranks,
         resolved,
@@ -162,8 +167,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 def pytest_report_header(config: pytest.Config) -> str:
     wanted = config.stash[_WANTED]
-    recipes = ", ".join(recipe.name for recipe in wanted.recipes)
-    return f"harness: {recipes}; {', '.join(map(str, wanted.layouts))}; {wanted.device}"
+    return f"harness: {', '.join(wanted.checks)}; {', '.join(map(str, wanted.layouts))}; {wanted.device}"
 
 
 # ---- collection ----
@@ -243,8 +247,8 @@ class PresetTests(pytest.File):
         wanted = self.config.stash[_WANTED]
         file = preset_at(self.path)
         layouts, ranks = wanted.layouts, wanted.ranks
-        for case in cases_of([file], wanted.recipes, layouts, wanted.device, None, ranks, wanted.prove):
-            layout = f"-{case.layout}" if len(wanted.layouts) > 1 else ""
+        for case in cases_of([file], wanted.checks, layouts, wanted.device, None, ranks, wanted.prove):
+            layout = f"-{case.layout}" if len(wanted.layouts) > 1 and case.recipe != PARITY else ""
             yield PresetCase.from_parent(self, name=f"{case.recipe}{layout}", case=case)
 
 

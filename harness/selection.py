@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from harness.case import FIRST_RANKS, PROOFS, REAL, Case
+from harness.case import FIRST_RANKS, PARITY, PROOFS, REAL, Case
 from harness.devices import rank_count
 from harness.errors import UnknownLayout, UsageError
 from harness.layout import Layout
@@ -29,9 +29,8 @@ def recipes_named(texts: Iterable[str]) -> tuple[Recipe, ...]:
 
     ``default`` and ``all`` are sets of them. Raises UnknownRecipe.
     """
-    names = [name.strip() for text in texts for name in text.split(",") if name.strip()]
     found: list[Recipe] = []
-    for name in names or ["default"]:
+    for name in _words(texts) or ["default"]:
         if name.lower() == "all":
             found.extend(recipes())
         elif name.lower() == "default":
@@ -41,16 +40,31 @@ def recipes_named(texts: Iterable[str]) -> tuple[Recipe, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def checks_named(texts: Iterable[str]) -> tuple[str, ...]:
+    """Names of recipes as ``recipes_named`` reads them, and ``parity`` where it is among them or none is.
+
+    Raises UnknownRecipe.
+    """
+    names = _words(texts) or ["default", PARITY]
+    plain = [name for name in names if name.lower() != PARITY]
+    found = [recipe.name for recipe in recipes_named(plain)] if plain else []
+    return (*found, *([PARITY] if len(plain) < len(names) else []))
+
+
 def proofs_named(texts: Iterable[str]) -> tuple[str, ...]:
     """Proofs of these names, each text one, several with commas, or ``all``; in the order they are made.
 
     Raises UsageError.
     """
-    names = [name.strip().lower() for text in texts for name in text.split(",") if name.strip()]
+    names = [name.lower() for name in _words(texts)]
     for name in names:
         if name not in (*PROOFS, "all"):
             raise UsageError(f"no proof is called {name!r}; known: {', '.join(PROOFS)}, all")
     return PROOFS if "all" in names else tuple(name for name in PROOFS if name in names)
+
+
+def _words(texts: Iterable[str]) -> list[str]:
+    return [word.strip() for text in texts for word in text.split(",") if word.strip()]
 
 
 def layouts_named(texts: Iterable[str]) -> tuple[Layout, ...]:
@@ -88,20 +102,29 @@ def processes_per_case(layouts: Sequence[Layout], ranks: str) -> int:
 
 def cases_of(
     files: Iterable[PresetFile],
-    recipes: Sequence[Recipe],
+    checks: Sequence[str],
     layouts: Sequence[Layout],
     device: str,
     tree: Path | None,
     ranks: str = FIRST_RANKS,
     prove: tuple[str, ...] = (),
 ) -> tuple[Case, ...]:
-    """Every case of these presets. ``tree`` is where a user finds them by name, None for the default."""
-    return tuple(
-        Case(file.name, str(file.path), recipe.name, layout, device, _tree_of(file, tree), ranks, prove)
-        for file in files
-        for layout in layouts
-        for recipe in recipes
-    )
+    """Every case of these presets. ``tree`` is where a user finds them by name, None for the default.
+
+    ``checks`` are names of recipes, each of which is a case at every layout, and ``PARITY``, one at tp1.
+    """
+    names = [name for name in checks if name != PARITY]
+    cases: list[Case] = []
+    for file in files:
+        path, root = str(file.path), _tree_of(file, tree)
+        cases.extend(
+            Case(file.name, path, name, layout, device, root, ranks, prove)
+            for layout in layouts
+            for name in names
+        )
+        if PARITY in checks:
+            cases.append(Case(file.name, path, PARITY, Layout(), device, root))
+    return tuple(cases)
 
 
 def _tree_of(file: PresetFile, tree: Path | None) -> str | None:

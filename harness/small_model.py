@@ -1,4 +1,4 @@
-"""Small model: the stages that shrink a model, build it, run it and quantize it.
+"""Small model: the stages that shrink a model, build it, run it and quantize it, or compare it.
 
 On one rank everything is checked. Of a layout of more ranks those that the case names are simulated, one
 after the other, or all are run at once, each in a process of its own (``real_ranks.py``). torch is imported
@@ -8,11 +8,12 @@ where a stage needs it.
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import product
 from typing import TYPE_CHECKING
 
 from harness.architecture import Architecture
-from harness.case import COVERAGE, REAL, STAGES, Case, StandInReport
+from harness.case import COVERAGE, PARITY, REAL, Case, StandInReport
 from harness.errors import UnsupportedModel
 from harness.finding import Finding, Severity
 from harness.inventory import counts
@@ -25,9 +26,14 @@ from harness.stages import Run
 if TYPE_CHECKING:
     import torch
 
+    from harness.facts import Facts
+
 # Parameters of a plan per rank: a preset is untrusted, and one with an absurd size must not eat the
 # machine. The plans of published models have less than a tenth of it.
 MOST_PARAMETERS = 1 << 30
+
+# For a user who has the package, and for one who has its source tree.
+INSTALL_PARITY = "pip install 'preset-harness[parity]', or uv sync --extra parity"
 
 
 def shrink_stage(run: Run, full: Architecture | None, layout: Layout) -> ShrinkPlan | None:
@@ -83,23 +89,30 @@ def layout_of_plan(plan: ShrinkPlan, layout: Layout) -> Layout:
 
 
 class SmallModel:
-    """config, shrink, build, forward and quantize of one case.
+    """config, shrink, and build, forward and quantize of one case, or parity.
 
-    ``limit`` says whose limit it is that the model cannot be quantized, and is empty where it is none.
+    ``recipe`` is None for parity. ``limit`` says whose limit it is that the model cannot be quantized or
+    compared, ``skipped`` why it was not compared; each is empty where it is none.
     """
 
-    def __init__(self, run: Run, case: Case, recipe: Recipe, full: Architecture | None) -> None:
-        self.run, self.case, self.recipe, self.full = run, case, recipe, full
+    def __init__(
+        self,
+        run: Run,
+        case: Case,
+        recipe: Recipe | None,
+        full: Architecture | None,
+        facts: Facts | None = None,
+    ) -> None:
+        self.run, self.case, self.recipe, self.full, self.facts = run, case, recipe, full, facts
         self.plan: ShrinkPlan | None = None
         self.stand_ins: tuple[StandInReport, ...] = ()
-        self.limit = ""
+        self.limit = self.skipped = ""
         self.log = ""
         self.quantize_log = ""
 
     def run_stages(self) -> None:
         if self.full is None or "audit" in self.run.blocked:
-            for name in STAGES[STAGES.index("config") :]:
-                self.run.can(name)
+            self._can_not("config")
             return
         from harness.devices import torch_device
         from harness.standins import installed
@@ -111,12 +124,21 @@ class SmallModel:
             try:
                 self._config(device)
                 self.plan = shrink_stage(self.run, self.full, self.case.layout)
-                self._in_world(device)
-                self._ask_control(device)
+                if self.recipe is None:
+                    self._parity(device)
+                    return
+                self._in_world(self.recipe, device)
+                self._ask_control(self.recipe, device)
                 # A recipe of ModelOpt's that cannot name in Megatron's model what it means is not applied.
                 self.limit = self.limit or self.run.limits.get(COVERAGE, "")
             finally:
                 self.log = log.getvalue() + self.quantize_log
+
+    def _can_not(self, first: str) -> None:
+        """Report the stages from ``first`` on as skipped."""
+        stages = self.case.stages
+        for name in stages[stages.index(first) :]:
+            self.run.can(name)
 
     def _config(self, device: torch.device) -> None:
         from harness.build import transformer_config
@@ -133,10 +155,28 @@ class SmallModel:
             if stage.usable:
                 stage.detail = "Megatron accepts the full size"
 
-    def _in_world(self, device: torch.device) -> None:
+    def _parity(self, device: torch.device) -> None:
         if self.plan is None or "config" in self.run.blocked:
-            for name in ("build", "forward", "quantize"):
-                self.run.can(name)
+            self._can_not(PARITY)
+            return
+        if self.facts is None:
+            self.skipped = "nothing published is there to compare with"
+        elif find_spec("transformers") is None:
+            self.skipped = f"transformers is not installed: {INSTALL_PARITY}"
+        if self.facts is None or self.skipped:
+            self.run.skip(PARITY, self.skipped)
+            return
+        from harness.parity.stage import prove_parity
+
+        with self.run.stage(PARITY) as stage:
+            parity = prove_parity(self.plan, self.facts, device)
+            stage.findings.extend(parity.findings)
+            stage.detail, stage.limit = parity.limit or parity.detail, parity.limit
+        self.limit = parity.limit
+
+    def _in_world(self, recipe: Recipe, device: torch.device) -> None:
+        if self.plan is None or "config" in self.run.blocked:
+            self._can_not("build")
             return
         import torch
 
@@ -146,7 +186,7 @@ class SmallModel:
 
         small, layout = self.plan.after, layout_of_plan(self.plan, self.case.layout)
         length = sequence_length(small, layout)
-        job = Job(small, self.recipe, layout, Rank(0), torch.bfloat16, length, prove=self.case.prove)
+        job = Job(small, recipe, layout, Rank(0), torch.bfloat16, length, prove=self.case.prove)
         if self.case.ranks == REAL and layout.world_size > 1:
             from harness.real_ranks import compare_ranks
 
@@ -167,14 +207,14 @@ class SmallModel:
         finally:
             self.run.add(parts, layout)
 
-    def _ask_control(self, device: torch.device) -> None:
+    def _ask_control(self, recipe: Recipe, device: torch.device) -> None:
         """Where ModelOpt raised: whether that is its limit, so that no preset is at fault."""
         raised = self.run.raised.get("quantize")
         if self.plan is None or raised is None or raised.owner is None:
             return
         from harness.control import ask
 
-        answer = ask(self.plan.after, self.recipe, device, raised)
+        answer = ask(self.plan.after, recipe, device, raised)
         if answer.same:
             self.limit = "\n".join(filter(None, (f"{raised.text}; {answer.text}", raised.rest)))
             self.run.unsupported("quantize")

@@ -33,6 +33,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "build": ("config", "shrink"),
     "forward": ("build",),
     "quantize": ("forward",),
+    "parity": ("config", "shrink"),
 }
 
 
@@ -112,7 +113,7 @@ class Run:
         start = perf_counter()
         yield stage
         self.findings.extend(stage.findings)
-        outcome = Outcome.FAILED if has_errors(stage.findings) else Outcome.PASSED
+        outcome = stage.outcome
         report = StageReport(name, outcome, perf_counter() - start, stage.detail, tuple(stage.checks))
         self.stages = merged([*self.stages, report])
         self.limits |= stage.limits
@@ -120,6 +121,10 @@ class Run:
             self.raised[name] = stage.raised
         if not stage.usable:
             self.blocked.add(name)
+
+    def skip(self, name: str, reason: str) -> None:
+        """Report a stage that is not run, and why."""
+        self.stages = merged([*self.stages, StageReport(name, Outcome.SKIPPED, 0.0, reason)])
 
     def unsupported(self, name: str) -> None:
         """Take back what was raised in a stage: it is no fault of the preset, and says so."""
@@ -134,8 +139,7 @@ class Run:
         """Whether ``name`` can run; where it cannot, it is reported as skipped, with the reason."""
         for needed in _all_needs(name):
             if needed in self.blocked:
-                reason = f"{needed} gave nothing to go on with"
-                self.stages = merged([*self.stages, StageReport(name, Outcome.SKIPPED, 0.0, reason)])
+                self.skip(name, f"{needed} gave nothing to go on with")
                 return False
         return True
 
@@ -229,6 +233,13 @@ class Stage:
     checks: list[Check] = field(default_factory=list)
     raised: Raised | None = None
     limits: dict[str, str] = field(default_factory=dict)
+    limit: str = ""  # whose limit it is that the whole stage could not be made, and in which words
+
+    @property
+    def outcome(self) -> Outcome:
+        if has_errors(self.findings):
+            return Outcome.FAILED
+        return Outcome.UNSUPPORTED if self.limit else Outcome.PASSED
 
     def proved(self, proof: Proof) -> None:
         """Take over a named check: its findings, its outcome and what it looked at."""
