@@ -157,7 +157,7 @@ _ROWS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     (
         rf"{_ATTENTION}q_proj\.{_KIND}",
         # Latent attention without a latent for queries has them in a matrix of their own.
-        (("self_attention.linear_q_proj.{kind}", ""), ("self_attention.linear_qkv.{kind}", "q")),
+        (("self_attention.linear_qkv.{kind}", "q"), ("self_attention.linear_q_proj.{kind}", "")),
     ),
     (rf"{_ATTENTION}k_proj\.{_KIND}", (("self_attention.linear_qkv.{kind}", "k"),)),
     (rf"{_ATTENTION}v_proj\.{_KIND}", (("self_attention.linear_qkv.{kind}", "v"),)),

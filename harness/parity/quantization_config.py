@@ -122,6 +122,10 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
             found |= {f"{key}.{inner}": held for inner, held in _plain(value).items()}
         elif key not in _MAY_CHANGE:
             found[key] = value
+    heads, width = found.get("num_attention_heads"), found.get("hidden_size")
+    if found.get("head_dim") is None and heads and width:
+        # What every family makes of it where it is left out.
+        found["head_dim"] = width // heads
     return found
 
 
