@@ -19,7 +19,7 @@ from harness.parity import hf_mxfp4
 from harness.parity.hf_corrections import correct
 from harness.parity.hf_effect import check_in_effect
 from harness.parity.hf_fill import fill
-from harness.parity.twin import Twin
+from harness.parity.twin import NoTwin, Twin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,9 +55,11 @@ def build(twin: Twin) -> PreTrainedModel:
     with no_init_weights():
         model: Any = getattr(transformers, name)(config)
     model.tie_weights()
+    if text.get("tie_word_embeddings") and model.lm_head.weight is not model.get_input_embeddings().weight:
+        raise NoTwin(f"tie_word_embeddings is on, transformers' code of {config.model_type} does not tie them")
     model.float().eval().requires_grad_(False)
     fill(model, _SEED)
-    _as_published(model, twin)
+    _silence(model, twin)
     correct(model, text)
     found: PreTrainedModel = model
     return found
@@ -68,14 +70,13 @@ def build(twin: Twin) -> PreTrainedModel:
 _HOW = {"use_mamba_kernels": False, "chunk_size": 16}
 
 
-def _as_published(model: nn.Module, twin: Twin) -> None:
-    """Change what the checkpoint cannot hold: numbers that MXFP4 has not, and modules that it is without."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if twin.architecture in _IN_MXFP4 and _PACKED.search(name):
-                parameter.copy_(hf_mxfp4.decode(*hf_mxfp4.encode(parameter.mT)).mT)
-            if name.startswith(twin.without or "\0") and "down_proj" in name:
-                parameter.zero_()
+def _silence(model: nn.Module, twin: Twin) -> None:
+    """Make the modules that the checkpoint is without do nothing: what they add to their input is zero."""
+    if not twin.without:
+        return
+    for name, parameter in model.named_parameters():
+        if name.startswith(twin.without) and "down_proj" in name:
+            parameter.zero_()
 
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def checkpoint_tensors(model: PreTrainedModel, twin: Twin) -> dict[str, Tensor]:
         if name.startswith(twin.without or "\0"):
             continue
         if twin.architecture in _IN_MXFP4 and _PACKED.search(name):
-            tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = hf_mxfp4.encode(tensor.mT)
+            tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = hf_mxfp4.encode(tensor.mT.cpu())
         else:
             tensors[name] = tensor
     return tensors

@@ -54,7 +54,7 @@ _ROPE = frozenset({"rope_theta", "partial_rotary_factor", "rope_scaling", "rope_
 
 
 def check_in_effect(config: Mapping[str, Any], built: PreTrainedConfig) -> None:
-    """Raises NoTwin, naming the keys of a language model's ``config`` that ``built`` does not have or read."""
+    """Raises NoTwin that names the keys of a language model's ``config`` that ``built`` lacks or ignores."""
     wrong = list(_without_effect(config, built))
     if wrong:
         raise NoTwin("; ".join(wrong))

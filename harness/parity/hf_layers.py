@@ -158,7 +158,9 @@ def _moe_keys(rule: MoELayers, moe: Sequence[bool]) -> dict[str, Any]:
             return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
         case MoELayers.AFTER_DENSE:
             if dense != list(range(len(dense))):
-                raise NoTwin("a layer without experts comes after one with them: no key of this family says so")
+                raise NoTwin(
+                    "a layer without experts comes after one with them: no key of this family says so"
+                )
             return {"first_k_dense_replace": len(dense), "moe_layer_freq": 1}
         case MoELayers.INTERLEAVED:
             return {"moe_layers": [index for index, experts in enumerate(moe) if experts]}
@@ -170,7 +172,9 @@ def _delta_keys(kinds: Sequence[Kind], kept: Sequence[int]) -> tuple[dict[str, A
     mixers, others = kept[::2], kept[1::2]
     paired = all(b == a + 1 for a, b in zip(mixers, others, strict=False))
     if not paired or any(index % 2 for index in mixers):
-        raise NoTwin("the layers of the plan are not whole decoder layers, a mixer and then a feed-forward each")
+        raise NoTwin(
+            "the layers of the plan are not whole decoder layers, a mixer and then a feed-forward each"
+        )
     last = kinds[mixers[-1] + 1] if len(others) < len(mixers) else None
     symbols_after = [kinds[index].symbol for index in others] + ([last.symbol] if last else [])
     return {

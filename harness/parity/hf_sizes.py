@@ -146,7 +146,7 @@ def _keep_divided(family: Family, config: Config, sizes: dict[str, Any], wrong: 
 def _groups_of_experts(
     family: Family, config: Config, plan: ShrinkPlan, sizes: dict[str, Any]
 ) -> Iterator[tuple[str, int]]:
-    """Group-limited routing; with a single group, or as many chosen as there are, there is nothing to keep."""
+    """Group-limited routing; where all groups are chosen there is nothing to keep."""
     groups, chosen = config.get("n_group"), config.get("topk_group")
     row = family.experts
     if row is None or type(groups) is not int or type(chosen) is not int or groups < 2 or chosen >= groups:
