@@ -310,10 +310,10 @@ def test_check_runs_every_preset_by_the_default_recipes(
     assert [(case.preset, case.recipe, str(case.layout)) for case in faked] == [
         (preset, recipe, "tp1")
         for preset in ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B")
-        for recipe in ("fp8", "nvfp4", "int4_awq")
+        for recipe in ("fp8", "nvfp4", "int4_awq", "parity")
     ]
-    assert done.out.splitlines()[-1].startswith("6 cases: 2 passed, 2 failed, 2 error in ")
-    assert done.err.splitlines()[0] == "[1/6] passed  Qwen/Qwen3-0.6B fp8 tp1 cpu  0.1 s"
+    assert done.out.splitlines()[-1].startswith("8 cases: 3 passed, 3 failed, 2 error in ")
+    assert done.err.splitlines()[0] == "[1/8] passed  Qwen/Qwen3-0.6B fp8 tp1 cpu  0.1 s"
 
 
 @pytest.mark.parametrize(
@@ -322,8 +322,11 @@ def test_check_runs_every_preset_by_the_default_recipes(
         (["--recipe", "nvfp4", "--recipe", "FP8_DEFAULT_CFG"], ["nvfp4", "fp8"]),
         (["--recipe", "nvfp4,fp8,nvfp4"], ["nvfp4", "fp8"]),
         (["--recipe", "all"], [recipe.name for recipe in recipes()]),
+        (["--recipe", "Parity,fp8"], ["fp8", "parity"]),
+        (["--recipe", "parity"], ["parity"]),
+        (["--recipe", "parity", "--layout", "tp2"], ["parity"]),
     ],
-    ids=["repeated", "commas", "all"],
+    ids=["repeated", "commas", "all", "parity-too", "parity-alone", "parity-at-tp1"],
 )
 def test_recipes(
     invoke: Invoke, tree: Path, faked: list[Case], options: list[str], recipes: list[str]
@@ -649,7 +652,7 @@ def test_killed_half_way_nothing_is_left(
     ]
     process = start(sys.executable, driver, "check", *options)
     assert process.stderr is not None
-    assert process.stderr.readline().startswith("[1/6] passed")
+    assert process.stderr.readline().startswith("[1/8] passed")
     assert len(session(process.pid)) >= 4  # this one, the fork server, two workers
     send(process, signum)
     _, err = process.communicate(timeout=20)

@@ -45,9 +45,10 @@ def outcomes(report: CaseReport) -> dict[str, str]:
 
 def after(name: str, *, failed: tuple[str, ...]) -> dict[str, str]:
     """Outcomes where the stages up to ``name`` ran, those in ``failed`` in vain, and the rest did not."""
-    ran = STAGES[: STAGES.index(name) + 1]
+    stages = CASE.stages
+    ran = stages[: stages.index(name) + 1]
     return {
-        stage: "failed" if stage in failed else "passed" if stage in ran else "skipped" for stage in STAGES
+        stage: "failed" if stage in failed else "passed" if stage in ran else "skipped" for stage in stages
     }
 
 
@@ -67,8 +68,8 @@ def passed() -> CaseReport:
 
 
 def test_every_stage_passes_in_order(passed: CaseReport) -> None:
-    assert [stage.name for stage in passed.stages] == list(STAGES)
-    assert outcomes(passed) == dict.fromkeys(STAGES, "passed")
+    assert [stage.name for stage in passed.stages] == list(CASE.stages)
+    assert outcomes(passed) == dict.fromkeys(CASE.stages, "passed")
     assert (passed.outcome, passed.findings, passed.log, passed.reason) == (Outcome.PASSED, (), "", "")
 
 
@@ -173,7 +174,7 @@ def test_a_model_that_cannot_be_built_yet_is_a_finding(flag: str, value: str, tm
     report = check(broken_case(tmp_path, flag, value))
     assert report.outcome is Outcome.FAILED
     assert flag in {finding.flag for finding in errors(report.findings)}
-    assert list(outcomes(report)) == list(STAGES)
+    assert list(outcomes(report)) == list(CASE.stages)
 
 
 # A wrong model

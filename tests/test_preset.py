@@ -13,7 +13,7 @@ from broken import MOE, PRESETS, TEXTS, edit, errors, line_of, lint_copy, within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.case import STAGES, Case, Outcome
+from harness.case import Case, Outcome
 from harness.errors import UnknownPreset, UsageError
 from harness.families import Expectation, expectations
 from harness.finding import Finding, Severity
@@ -434,7 +434,7 @@ def test_a_planted_command_is_never_run(plant: str, tmp_path: Path, monkeypatch:
         assert report.outcome is Outcome.FAILED
         lines = range(DENSE.count("\n") + 1, DENSE.count("\n") + 2 + plant.count("\n"))
         assert any(finding.line in lines and finding.column for finding in errors(report.findings, "parse"))
-    assert [stage.name for stage in report.stages] == list(STAGES)
+    assert [stage.name for stage in report.stages] == list(case.stages)
 
 
 @pytest.mark.parametrize(

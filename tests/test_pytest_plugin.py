@@ -88,16 +88,17 @@ def test_a_preset_has_one_item_per_recipe(tree: pytest.Pytester) -> None:
     assert ids(result) == [
         f"presets/Qwen/{preset}.sh::{recipe}"
         for preset in ("Qwen3-0.6B", "Qwen3-8B")
-        for recipe in ("fp8", "nvfp4", "int4_awq")
+        for recipe in ("fp8", "nvfp4", "int4_awq", "parity")
     ]
 
 
 def test_with_several_layouts_an_item_names_its_own(tree: pytest.Pytester) -> None:
-    options = ("--recipe", "fp8", "--layout", "tp1", "--layout", "tp2,ep4")
+    options = ("--recipe", "fp8,parity", "--layout", "tp1", "--layout", "tp2,ep4")
     result = run(tree, "presets/Qwen/Qwen3-8B.sh", "--collect-only", "-q", *options)
     assert ids(result) == [
         "presets/Qwen/Qwen3-8B.sh::fp8-tp1",
         "presets/Qwen/Qwen3-8B.sh::fp8-tp2,ep4",
+        "presets/Qwen/Qwen3-8B.sh::parity",
     ]
 
 
@@ -105,7 +106,8 @@ def test_with_several_layouts_an_item_names_its_own(tree: pytest.Pytester) -> No
     ("expression", "expected"),
     [
         ("Qwen3 and nvfp4", ["Qwen3-0.6B.sh::nvfp4", "Qwen3-8B.sh::nvfp4"]),
-        ("8B and not nvfp4", ["Qwen3-8B.sh::fp8", "Qwen3-8B.sh::int4_awq"]),
+        ("8B and not nvfp4", ["Qwen3-8B.sh::fp8", "Qwen3-8B.sh::int4_awq", "Qwen3-8B.sh::parity"]),
+        ("8B and parity", ["Qwen3-8B.sh::parity"]),
         ("qwen3-8b and tp1 and fp8", ["Qwen3-8B.sh::fp8"]),
     ],
 )

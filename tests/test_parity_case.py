@@ -1,0 +1,130 @@
+"""The stage parity in a case: once a preset, skipped with a reason, and what it comes to."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import small_model
+from harness.case import PARITY, Case, CaseReport, Outcome, StageReport
+from harness.finding import Finding, Severity
+from harness.layout import Layout
+from harness.parity import stage
+from harness.parity.stage import Parity
+from harness.pipeline import check
+from harness.preset import find_presets
+from harness.selection import cases_of, checks_named
+from harness.small_model import INSTALL_PARITY
+from tests.broken import TEXTS, edit, write_copy
+
+ROOT = Path(__file__).parent.parent
+CASE = Case("Qwen/Qwen3-0.6B", str(ROOT / "presets/Qwen/Qwen3-0.6B.sh"), PARITY, Layout(), "cpu")
+
+
+def parity_stage(report: CaseReport) -> StageReport:
+    assert report.stages[-1].name == PARITY
+    return report.stages[-1]
+
+
+def test_one_case_a_preset_and_without_build_forward_and_quantize() -> None:
+    files = find_presets(["Qwen3-0.6B", "Qwen3-8B"], ROOT / "presets")
+    layouts = (Layout(), Layout.parse("tp2"))
+    cases = cases_of(files, checks_named([]), layouts, "cpu", None)
+    assert len(cases) == 2 * (3 * 2 + 1)
+    parity = [case for case in cases if case.recipe == PARITY]
+    assert [str(case.layout) for case in parity] == ["tp1", "tp1"]
+    assert CASE.stages == ("parse", "reference", "audit", "config", "shrink", "parity")
+    assert replace(CASE, recipe="fp8").stages[-1] == "quantize"
+
+
+def test_the_catalogue_model_passes_every_stage() -> None:
+    report = check(CASE)
+    assert (report.outcome, report.findings, report.log) == (Outcome.PASSED, (), "")
+    assert [entry.name for entry in report.stages] == list(CASE.stages)
+    assert {entry.outcome for entry in report.stages} == {Outcome.PASSED}
+    assert "logits agree to " in parity_stage(report).detail
+    assert report.case.repro == "harness check Qwen/Qwen3-0.6B --recipe parity --layout tp1 --device cpu"
+
+
+def test_a_silent_mistake_fails_in_parity_beside_reference(tmp_path: Path) -> None:
+    path = write_copy(tmp_path, "Qwen3-0.6B", edit(TEXTS["Qwen3-0.6B"], "--norm-epsilon", "1e-4"))
+    report = check(replace(CASE, path=str(path)))
+    assert report.outcome is Outcome.FAILED
+    failed = [entry.name for entry in report.stages if entry.outcome is Outcome.FAILED]
+    assert failed == ["reference", "parity"]
+    (found,) = [finding for finding in report.findings if finding.stage == PARITY]
+    assert found.flag == "--norm-epsilon"
+    assert found.line == next(
+        n for n, text in enumerate(path.read_text().splitlines(), 1) if "epsilon" in text
+    )
+
+
+def test_without_the_extra_it_is_skipped_with_the_command_that_adds_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = importlib.util.find_spec
+
+    def none_of_transformers(name: str, *more: Any) -> Any:
+        return None if name == "transformers" else known(name, *more)
+
+    monkeypatch.setattr(small_model, "find_spec", none_of_transformers)
+    report = check(CASE)
+    assert report.outcome is Outcome.SKIPPED
+    assert report.reason == f"transformers is not installed: {INSTALL_PARITY}"
+    assert "pip install 'preset-harness[parity]'" in report.reason
+    assert (parity_stage(report).outcome, parity_stage(report).detail) == (Outcome.SKIPPED, report.reason)
+
+
+def test_without_published_facts_it_is_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "presets" / "Nobody" / "Unheard-Of.sh"
+    path.parent.mkdir(parents=True)
+    path.write_text(TEXTS["Qwen3-0.6B"].replace("Qwen/Qwen3-0.6B", "Nobody/Unheard-Of"))
+    report = check(replace(CASE, preset="Nobody/Unheard-Of", path=str(path)))
+    assert (report.outcome, report.reason) == (
+        Outcome.SKIPPED,
+        "nothing published is there to compare with",
+    )
+
+
+def test_what_cannot_be_read_is_not_compared(tmp_path: Path) -> None:
+    report = check(replace(CASE, path=str(write_copy(tmp_path, "Qwen3-0.6B", "echo hello\n"))))
+    assert report.outcome is Outcome.FAILED
+    assert parity_stage(report).detail == "parse gave nothing to go on with"
+
+
+WRONG = Finding(PARITY, Severity.ERROR, "layer 0 differs")
+
+
+@pytest.mark.parametrize(
+    ("parity", "outcome", "reason"),
+    [
+        (Parity((), "Megatron: has no such thing", ""), Outcome.UNSUPPORTED, "Megatron: has no such thing"),
+        (Parity((WRONG,), "Megatron: has no such thing", ""), Outcome.FAILED, ""),
+        (Parity((WRONG,), "", ""), Outcome.FAILED, ""),
+    ],
+    ids=["limit", "limit-and-error", "error"],
+)
+def test_a_limit_excuses_no_error(
+    parity: Parity, outcome: Outcome, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "prove_parity", lambda *_: parity)
+    report = check(CASE)
+    assert (report.outcome, report.reason) == (outcome, reason)
+    assert parity_stage(report).outcome is outcome
+
+
+def test_the_harness_own_exception_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Callable[..., Any]:
+        raise LookupError("no such part")
+
+    monkeypatch.setattr(stage, "prove_parity", broken)
+    report = check(CASE)
+    assert (report.outcome, report.reason) == (
+        Outcome.ERROR,
+        "the harness failed: LookupError: no such part",
+    )
