@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from harness.families.rows import QKNorms
 from harness.finding import Finding, Severity
 from harness.layers import Attention
 from harness.parity.importing import Imported, absent_tensor
+from harness.parity.lifting import Lift, no_norm_without_rotation, published_rotation
 from harness.parity.settings import ACTING, Setting, acting, differing, limits, unknown
 from harness.parity.site import Part, Site
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from harness.facts import Facts
     from harness.parity.compare import Comparison
     from harness.parity.twin import Twin
+    from harness.stages import Raised
 
 _STAGE = "parity"
 # Settings that are named in one message, and tensors.
@@ -43,7 +45,11 @@ def difference(comparison: Comparison, small: Twin, arguments: Arguments, facts:
         where += f", layer {small.layers[site.layer]} of the published model,"
     before = _before(comparison, site)
     message = f"{where} is the first part that differs: {_by(site.relative)}{before}; {_ends(comparison)}"
-    return _at(message, acting(site.part, arguments, facts), arguments, site.megatron)
+    settings = acting(site.part, arguments, facts)
+    elsewhere = [s.text for s in differing(arguments, facts) if s.dest not in ACTING[site.part]][:_SETTINGS]
+    if elsewhere and not any(setting.differs for setting in settings):
+        message += f". Elsewhere the preset differs: {'; '.join(elsewhere)}"
+    return _at(message, settings, arguments, site.megatron)
 
 
 def _by(relative: float) -> str:
@@ -74,7 +80,7 @@ def _at(
     wrong = [setting.text for setting in settings if setting.differs]
     others = [setting.text for setting in settings if not setting.differs][:_SETTINGS]
     if wrong:
-        message = f"{'; '.join(wrong)}. {message[0].upper()}{message[1:]}"
+        message = f"{'; '.join(wrong)}; {message}"
     if others:
         message += f". {'Also acting' if wrong else 'Acting'} there: {', '.join(others)}"
     if suspect is None:
@@ -99,56 +105,76 @@ def _at(
 
 
 @dataclass(frozen=True, slots=True)
+class Excuse:
+    """Why a part cannot be equal and whose limit that is, and how it is lifted to see what is behind it."""
+
+    words: str
+    lift: Lift | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class _Row:
     """A limit of Megatron at some parts, beyond those that ``families`` knows: when, and in which words."""
 
     parts: frozenset[Part]
     applies: Callable[[Architecture, Facts, int | None], bool]
     words: str
+    lift: Lift | None = None
 
 
-# The published key of a limit that no flag can lift -> the parts that it changes.
-_LIMITED: Mapping[str, frozenset[Part]] = {
-    "rope_scaling": frozenset({Part.ROTARY, Part.QUERIES, Part.KEYS, Part.CORE}),
-    "rope_interleave": frozenset({Part.QUERIES, Part.KEYS}),
-    "norm_topk_prob": frozenset({Part.ROUTER}),
-    "topk_method": frozenset({Part.ROUTER}),
-    "attention_chunk_size": frozenset({Part.CORE}),
-    "attn_temperature_tuning": frozenset({Part.QUERIES, Part.CORE}),
-    "attention_bias": frozenset({Part.QUERY_DOWN, Part.KV_DOWN}),
+# The published key of a limit that no flag can lift -> the parts that it changes, and how it is lifted. Those
+# that act beyond thousands of tokens alone (attention_chunk_size, attn_temperature_tuning) excuse nothing.
+_LIMITED: Mapping[str, tuple[frozenset[Part], Lift | None]] = {
+    "rope_scaling": (frozenset({Part.ROTARY}), published_rotation),
+    "rope_interleave": (frozenset({Part.QUERIES, Part.KEYS}), None),
+    "norm_topk_prob": (frozenset({Part.ROUTER}), None),
+    "topk_method": (frozenset({Part.ROUTER}), None),
+    "attention_bias": (frozenset({Part.QUERY_DOWN, Part.KV_DOWN}), None),
 }
 
 
-def limit_at(site: Site, small: Architecture, facts: Facts) -> str:
-    """Why no preset can make ``site`` equal, and whose limit that is; empty where it is none."""
+def limit_at(site: Site, small: Architecture, arguments: Arguments, facts: Facts) -> Excuse | None:
+    """Why no preset can make ``site`` equal; None where a preset could.
+
+    Nor is it a limit where a setting that acts there differs: that may be all there is to it.
+    """
+    if any(setting.differs for setting in acting(site.part, arguments, facts)):
+        return None
+    seen = f"({site.name}: {_by(site.relative)})"
     for limit in limits(facts):
-        if site.part in _LIMITED.get(limit.source, frozenset()):
-            return (
-                f"Megatron: {limit.published} published ({limit.source}), which no flag can make: it builds "
-                f"{limit.built}, so {limit.effect} ({site.name}: {_by(site.relative)})"
-            )
-    words = _known(site.part, small, facts, site.layer)
-    if words:
-        return f"{words} ({site.name}: {_by(site.relative)})"
-    return _unpublished(site, facts)
+        parts, lift = _LIMITED.get(limit.source, (frozenset(), None))
+        if site.part in parts:
+            words = f"{limit.published} published ({limit.source}), which no flag can make: it builds"
+            return Excuse(f"Megatron: {words} {limit.built}, so {limit.effect} {seen}", lift)
+    row = _known(site.part, small, facts, site.layer)
+    if row is not None:
+        return Excuse(f"Megatron: {row.words} {seen}", row.lift)
+    return _unpublished(site, facts, seen)
 
 
-def _known(part: Part | None, small: Architecture, facts: Facts, layer: int | None) -> str:
-    for row in _ROWS:
-        if part in row.parts and row.applies(small, facts, layer):
-            return f"Megatron: {row.words}"
-    return ""
+def not_reached(facts: Facts, excused: Sequence[str], tokens: int) -> Iterator[Finding]:
+    """A warning for each published thing that no flag can say and that did not act in so many tokens."""
+    for limit in limits(facts):
+        if not any(limit.published in words for words in excused):
+            message = f"{limit.published} published ({limit.source}), which no flag can make: Megatron builds"
+            message += f" {limit.built}, so {limit.effect}; nothing of it shows in {tokens} tokens"
+            yield Finding(_STAGE, Severity.WARNING, message, expected=limit.published, actual=limit.built)
 
 
-def _unpublished(site: Site, facts: Facts) -> str:
+def _known(part: Part | None, small: Architecture, facts: Facts, layer: int | None) -> _Row | None:
+    rows = (row for row in _ROWS if part in row.parts and row.applies(small, facts, layer))
+    return next(rows, None)
+
+
+def _unpublished(site: Site, facts: Facts, seen: str) -> Excuse | None:
     """What acts at ``site`` and no publisher's figure says: the twin has a default there, and no fact."""
     for dest, key in unknown(facts).items():
         if dest in ACTING[site.part]:
-            return (
-                f"{facts.label} does not say {key}: the published model was made with transformers' default, "
-                f"and differs there ({site.name}: {_by(site.relative)})"
+            words = (
+                f"{facts.label} does not say {key}: the published model was made with transformers' default"
             )
-    return ""
+            return Excuse(f"{words}, and differs there {seen}")
+    return None
 
 
 def _l2_without_rope(small: Architecture, facts: Facts, layer: int | None) -> bool:
@@ -169,6 +195,7 @@ _ROWS: tuple[_Row, ...] = (
         frozenset({Part.QUERY_NORM, Part.KEY_NORM, Part.QUERIES, Part.KEYS}),
         _l2_without_rope,
         "it norms queries and keys in every layer, the published model not in those without rotary positions",
+        no_norm_without_rotation,
     ),
     _Row(
         frozenset({Part.QUERY_NORM, Part.KEY_NORM}),
@@ -196,7 +223,7 @@ def import_limit(
     if imported.raised is not None:
         layer = _LAYER.search(imported.last)
         known = _known(part_of(imported.last), small, facts, int(layer[1]) if layer else None)
-        return f"{known}: {_words(imported)}" if known else ""
+        return f"Megatron: {known.words}: {_words(imported)}" if known is not None else ""
     return ""
 
 
@@ -212,18 +239,32 @@ def _words(imported: Imported) -> str:
 
 
 def import_findings(imported: Imported, small: Twin, arguments: Arguments, facts: Facts) -> Iterator[Finding]:
-    """One finding for what stopped the import, or one for each part of which something is left over."""
+    """One finding for what stopped the import, or one for each part of which something is left over.
+
+    What comes of one flag is said once.
+    """
+    said: set[tuple[str, int | None]] = set()
+    for found in _left_over(imported, small, arguments, facts):
+        if found.flag is None or (found.flag, found.line) not in said:
+            yield found
+        if found.flag is not None:
+            said.add((found.flag, found.line))
+
+
+def _left_over(imported: Imported, small: Twin, arguments: Arguments, facts: Facts) -> Iterator[Finding]:
     if imported.raised is not None:
         yield _raised(imported, arguments, facts)
         return
     if imported.missing:
-        names = ", ".join(imported.missing)
+        lacking = ", ".join(imported.missing)
         part = next((part for name in imported.missing if (part := part_of(name))), None)
-        message = f"ModelOpt's importer has no rule {names} for {small.architecture}, and the preset's model"
-        yield _at(f"{message} asks for it", _settings(part, arguments, facts), arguments)
+        message = (
+            f"the model of the preset has {lacking}, for which the importer of {small.architecture} has no"
+        )
+        yield _at(f"{message} rule", _settings(part, arguments, facts), arguments)
     for names, what in (
-        (imported.unread, "{} of the checkpoint has no place in the model of the preset"),
-        (imported.unfilled, "{} of the model of the preset is in no checkpoint of the published one"),
+        (imported.unread, "the checkpoint's {} has no place in the model of the preset"),
+        (imported.unfilled, "the published checkpoint has nothing for {} of the model of the preset"),
     ):
         for part, some in _by_part(names).items():
             yield _at(what.format(_some(tuple(some))), _settings(part, arguments, facts), arguments, some[0])
@@ -241,6 +282,11 @@ def _raised(imported: Imported, arguments: Arguments, facts: Facts) -> Finding:
     if not any(setting.differs for setting in settings):
         settings = (*differing(arguments, facts), *settings)
     return _at(message, settings, arguments, imported.last or None)
+
+
+def build_finding(raised: Raised, arguments: Arguments, facts: Facts) -> Finding:
+    """The finding of a model that Megatron does not build, or does not run."""
+    return _at(f"raised {raised.actual}{raised.where}", differing(arguments, facts), arguments)
 
 
 def _settings(part: Part | None, arguments: Arguments, facts: Facts) -> tuple[Setting, ...]:

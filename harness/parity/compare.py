@@ -7,6 +7,7 @@ on inputs so small that their epsilon counts.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,11 +21,13 @@ from harness.parity.recording import (
     Key,
     Recorder,
     final_norm,
+    first_tensor,
     megatron_values,
     published_final_norm,
     published_module,
     published_values,
     submodule,
+    with_bias,
 )
 from harness.parity.site import ROWS, Part, Site
 from harness.standins.output import import_foreign
@@ -62,7 +65,7 @@ def compare(
             actual = forward(model, tokens)
         for recorder, value, path in ((there, expected, "lm_head"), (here, actual, "output_layer")):
             recorder.add((None, Part.LOGITS), path, value, sequence_first=False)
-        sites = (*_alone(published, inner, layers, model, tolerance), *_sites(there, here))
+        sites = (*_alone(published, inner, layers, model), *_sites(there, here))
     first = next((site for site in sites if not site.relative <= tolerance), None)
     return Comparison(relative(expected, actual), sites, first, first is None)
 
@@ -118,32 +121,77 @@ def relative_each(expected: torch.Tensor, actual: torch.Tensor) -> float:
 _SIZES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 
 
-def _alone(
-    published: nn.Module, inner: nn.Module, layers: list[nn.Module], model: Any, tolerance: float
-) -> Iterator[Site]:
-    """Every norm that both sides have, tried by itself."""
+def _alone(published: nn.Module, inner: nn.Module, layers: list[nn.Module], model: Any) -> Iterator[Site]:
+    """Every norm that both sides have, and an expert or dense feed-forward of each layer, by itself."""
     names = {module: name for name, module in published.named_modules()}
     own = {module: name for name, module in model.named_modules()}
     for index, (there, here) in enumerate(zip(layers, model.decoder.layers, strict=False)):
         for row in ROWS:
             pair = published_module(there, row), submodule(here, row.megatron)
-            if row.norm and pair[0] is not None and pair[1] is not None:
-                yield _tried((index, row.part), pair[0], pair[1], names, own)
+            if pair[0] is None or pair[1] is None:
+                continue
+            if row.norm:
+                difference = _tried_norm(pair[0], pair[1])
+            elif row.part is Part.MLP:
+                tried = _tried_feed_forward(*pair)
+                if tried is None:
+                    continue
+                difference = tried
+            else:
+                continue
+            yield _site((index, row.part), names[pair[0]], own[pair[1]], difference, alone=True)
     norm = published_final_norm(inner)
     if norm is not None:
-        yield _tried((None, Part.FINAL_NORM), norm, final_norm(model)[1], names, own)
+        path, last = final_norm(model)
+        key = (None, Part.FINAL_NORM)
+        yield _site(key, names[norm], path, _tried_norm(norm, last), alone=True)
 
 
-def _tried(
-    key: Key, there: nn.Module, here: nn.Module, names: dict[nn.Module, str], own: dict[nn.Module, str]
-) -> Site:
-    differences = [math.inf]
-    weight = next(there.parameters(), None)
-    mine = next(here.parameters(), None)
-    width = len(weight) if weight is not None else 64
-    if mine is None or len(mine) == width:
-        device = mine.device if mine is not None else torch.device("cpu")
-        generator = torch.Generator().manual_seed(1234)
-        plain = torch.randn((4, width), generator=generator).to(device)
-        differences = [relative(there(plain * size), here(plain * size)) for size in _SIZES]
-    return _site(key, names[there], own[here], max(differences), alone=True)
+def _tried_norm(there: nn.Module, here: nn.Module) -> float:
+    """The largest difference on inputs of all ``_SIZES``; infinite where the widths differ."""
+    weight, mine = next(there.parameters(), None), next(here.parameters(), None)
+    width = len(weight) if weight is not None else _ANY_WIDTH
+    if mine is not None and len(mine) != width:
+        return math.inf
+    plain = _plain(width, mine)
+    return max(relative(there(plain * size), here(plain * size)) for size in _SIZES)
+
+
+# What a norm without weights is tried on.
+_ANY_WIDTH = 64
+# Large enough that an activation's clamp is reached.
+_LARGE = (1.0, 30.0)
+
+
+def _tried_feed_forward(there: Any, here: Any) -> float | None:
+    """The largest difference of the first expert, or of a dense feed-forward; None where none is callable
+    by itself, because the experts are one operation for all tokens."""
+    experts, own = submodule(there, "experts"), submodule(here, "experts.local_experts.0")
+    if own is not None:
+        if experts is None or len(inspect.signature(experts.forward).parameters) != _ROUTED:
+            return None
+        here = own
+    elif experts is not None:
+        return None
+    weight = here.linear_fc1.weight
+    plain = _plain(weight.shape[1], weight)
+    found = []
+    for size in _LARGE:
+        tokens = plain * size
+        if experts is None:
+            expected = there(tokens)
+        else:
+            chosen = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)
+            expected = experts(tokens, chosen, tokens.new_ones(len(tokens), 1))
+        found.append(relative(first_tensor(expected), with_bias(here(tokens))))
+    return max(found)
+
+
+# Tokens, the experts chosen for each, and their weights.
+_ROUTED = 3
+
+
+def _plain(width: int, like: torch.Tensor | None) -> torch.Tensor:
+    """Four tokens [4, width] of normal numbers, the same on every device."""
+    generator = torch.Generator().manual_seed(1234)
+    return torch.randn((4, width), generator=generator).to("cpu" if like is None else like.device)

@@ -51,7 +51,7 @@ def _clamped_by_limit(module: Any, sequence: int) -> None:
 CORRECTIONS: tuple[Correction, ...] = (
     Correction(
         _is_plain_mamba,
-        "transformers' plain Mamba scan adds the states of chunks up over the wrong axis: it runs in one chunk",
+        "transformers' plain Mamba scan adds the states of chunks up over the wrong axis: it has one chunk",
         _one_chunk,
     ),
     Correction(

@@ -159,7 +159,7 @@ def _with_rules(asked: dict[str, None], ours: dict[str, str]) -> Iterator[None]:
         rules = added(architecture, known.get(architecture, {}))
         books[architecture] = known.get(architecture, {}) | {rule.name: rule.mapping for rule in rules}
 
-    class Importer(megatron_importer.GPTModelImporter):  # type: ignore[misc, name-defined]
+    class Importer(megatron_importer.GPTModelImporter):  # type: ignore[misc]
         def _populate_rule_book(self) -> dict[str, Any]:
             filled = super()._populate_rule_book()
             if self.arch not in filled:
@@ -167,7 +167,7 @@ def _with_rules(asked: dict[str, None], ours: dict[str, str]) -> Iterator[None]:
             rules = added(self.arch, known.get(self.arch, {}))
             own = {rule.name: rule.words(self.arch) for rule in rules}
             book = {**filled.get(self.arch, {}), **by_hand(self.arch, self)}
-            return {**filled, self.arch: RuleBook(book, own | words_by_hand(self.arch), asked, ours)}
+            return {**filled, self.arch: RuleBook(book, {**own, **words_by_hand(self.arch)}, asked, ours)}
 
     with ExitStack() as stack:
         stack.enter_context(patched(megatron_importer, "all_mcore_hf_import_mapping", books))

@@ -56,15 +56,14 @@ class Recorder:
 
 def first_tensor(output: Any) -> torch.Tensor:
     """The value of a module that may also give a bias not yet added, weights or routes beside it."""
-    return output if isinstance(output, torch.Tensor) else output[0]
+    value: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+    return value
 
 
-def _with_bias(output: Any) -> torch.Tensor:
+def with_bias(output: Any) -> torch.Tensor:
     """Megatron's parallel layers leave their bias to whoever adds the residual."""
-    if isinstance(output, torch.Tensor):
-        return output
-    value, *rest = output
-    bias = rest[0] if rest else None
+    value = first_tensor(output)
+    bias = output[1] if isinstance(output, tuple) and len(output) > 1 else None
     return value if bias is None else value + bias
 
 
@@ -95,7 +94,7 @@ def megatron_values(model: Any, batch: int, sequence: int) -> Iterator[Recorder]
 
 def _megatron_hooks(model: Any, recorder: Recorder) -> Iterator[RemovableHandle]:
     def hook(key: Key, path: str) -> Callable[..., None]:
-        return lambda module, inputs, output: recorder.add(key, path, _with_bias(output), sequence_first=True)
+        return lambda module, inputs, output: recorder.add(key, path, with_bias(output), sequence_first=True)
 
     yield model.embedding.register_forward_hook(hook((None, Part.EMBEDDING), "embedding"))
     if (rotary := submodule(model, "rotary_pos_emb")) is not None:
@@ -141,7 +140,7 @@ def _megatron_inside(
         sizes = config.num_attention_heads, config.num_query_groups, config.kv_channels
 
         def split(module: nn.Module, inputs: Any, output: Any) -> None:
-            value = _split_groups(_with_bias(output), *sizes)
+            value = _split_groups(with_bias(output), *sizes)
             if value is not None:
                 path = f"{base}.self_attention.linear_qkv"
                 recorder.add((index, Part.PROJECTION), path, value, sequence_first=True)
@@ -345,7 +344,7 @@ def _in_halves(value: torch.Tensor, rotated: Any) -> torch.Tensor:
     if not rotated:
         return value
     plain, turned = value[..., :-rotated], value[..., -rotated:]
-    halves = turned.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    halves = turned.reshape(*turned.shape[:-1], -1, 2).transpose(-1, -2).flatten(-2)
     return torch.cat([plain, halves], dim=-1)
 
 

@@ -20,11 +20,12 @@ from harness.parity.site import Part
 
 _NORM = "layernorm_epsilon normalization layernorm_zero_centered_gamma"
 _ROTATION = """
-    rotary_base rotary_percent rotary_interleaved use_rope_scaling rope_scaling_factor rope_type
+    rotary_base rotary_percent use_rope_scaling rope_scaling_factor rope_type
     rotary_scaling_factor rotary_seq_len_interpolation_factor mscale mscale_all_dim
     yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow yarn_correction_range_round_to_int
-    position_embedding_type no_rope_freq
+    position_embedding_type
 """
+_TURNED = "rotary_interleaved no_rope_freq " + _ROTATION
 _QK_NORM = "qk_layernorm export_qk_l2_norm " + _NORM
 _CORE = """
     window_size window_attn_skip_freq softmax_type mscale mscale_all_dim rotary_scaling_factor
@@ -57,14 +58,14 @@ ACTING: Mapping[Part, tuple[str, ...]] = {
         Part.QUERY_NORM: _QK_NORM,
         Part.KEY_NORM: _QK_NORM,
         Part.KV_NORM: _QK_NORM,
-        Part.QUERIES: _ROTATION + _QK_NORM,
-        Part.KEYS: _ROTATION + _QK_NORM,
+        Part.QUERIES: _TURNED + _QK_NORM,
+        Part.KEYS: _TURNED + _QK_NORM,
         Part.VALUES: "add_qkv_bias num_query_groups v_head_dim kv_channels",
         Part.CORE: _CORE,
         Part.ATTENTION: "add_bias_linear attention_output_gate hybrid_layer_pattern",
         Part.MLP_NORM: _NORM + " hybrid_layer_pattern",
-        Part.ROUTER: _ROUTING,
-        Part.SHARED: "moe_shared_expert_intermediate_size moe_shared_expert_gate " + _ACTIVATION,
+        Part.ROUTER: _ROUTING + _KINDS,
+        Part.SHARED: "moe_shared_expert_intermediate_size moe_shared_expert_gate " + _ACTIVATION + _KINDS,
         Part.MLP: _ACTIVATION
         + "export_moe_apply_probs_on_input moe_latent_size moe_shared_expert_intermediate_size "
         + "moe_shared_expert_gate "

@@ -20,9 +20,17 @@ from harness.build import build_model
 from harness.finding import Finding
 from harness.layout import Layout
 from harness.parity import checkpoint
-from harness.parity.blame import difference, import_findings, import_limit, limit_at
+from harness.parity.blame import (
+    build_finding,
+    difference,
+    import_findings,
+    import_limit,
+    limit_at,
+    not_reached,
+)
 from harness.parity.compare import TOLERANCES, Comparison, compare
 from harness.parity.corrections import correct
+from harness.parity.hf_corrections import corrections as hf_corrections
 from harness.parity.importing import Imported, import_checkpoint
 from harness.parity.settings import completed
 from harness.parity.twin import NoTwin, Twin, twin
@@ -78,7 +86,7 @@ def prove_parity(plan: ShrinkPlan, facts: Facts, device: torch.device) -> Parity
         except NoTwin as error:
             return Parity((), f"no small Hugging Face model: {error}", "")
         checkpoint.save(published, small, folder)
-        published = published.to(device)  # type: ignore[arg-type]
+        published = published.to(device)
         with open_world(Layout(), device):
             proved = _proved(plan, facts, device, small, published, folder)
     return replace(proved, findings=(*proved.findings, *warnings))
@@ -92,7 +100,7 @@ def _proved(
     try:
         model = build_model(plan.after, Layout(), device, dtype=torch.float32)
     except Exception as error:  # Megatron's: its words are the result
-        return Parity((Raised.of(error).finding(NAME),), "", "")
+        return Parity((build_finding(Raised.of(error), arguments, facts),), "", "")
     imported = import_checkpoint(model, folder)
     if not imported.complete:
         limit = import_limit(imported, small, plan.after, arguments, facts)
@@ -101,23 +109,30 @@ def _proved(
         return Parity(tuple(import_findings(imported, small, arguments, facts)), "", "")
     vocabulary = min(plan.after.padded_vocab_size, published.config.get_text_config().vocab_size)
     tokens = token_ids(vocabulary, BATCH_SIZE, _length(plan, small), device)
-    corrections = correct(published, tokens.shape[1])
-    try:
-        comparison = compare(published, model, tokens, TOLERANCES[device.type])
-    except Exception as error:
-        raised = Raised.of(error)
-        if raised.owner is None:
-            raise
-        return Parity((raised.finding(NAME),), "", "")
-    detail = "; ".join((_detail(imported, small, comparison), *corrections))
-    sites = comparison.sites
-    if comparison.first is None:
-        return Parity((), "", detail, comparison.relative, sites)
-    limit = limit_at(comparison.first, plan.after, facts)
-    if limit:
-        return Parity((), limit, detail, comparison.relative, sites)
-    found = difference(comparison, small, arguments, facts)
-    return Parity((found,), "", detail, comparison.relative, sites)
+    corrections = (*hf_corrections(small.config), *correct(published, tokens.shape[1]))
+    excuses: list[str] = []
+    with ExitStack() as lifted:
+        while True:
+            try:
+                comparison = compare(published, model, tokens, TOLERANCES[device.type])
+            except Exception as error:
+                raised = Raised.of(error)
+                if raised.owner is None:
+                    raise
+                return Parity((build_finding(raised, arguments, facts),), "", "")
+            detail = "; ".join((_detail(imported, small, comparison), *corrections))
+            proved = Parity((), "; ".join(excuses), detail, comparison.relative, comparison.sites)
+            if comparison.first is None:
+                warnings = not_reached(facts, excuses, tokens.shape[1])
+                return replace(proved, findings=tuple(warnings))
+            excuse = limit_at(comparison.first, plan.after, arguments, facts)
+            if excuse is None or excuse.words in excuses:
+                found = difference(comparison, small, arguments, facts)
+                return replace(proved, findings=(found,), limit="")
+            excuses.append(excuse.words)
+            if excuse.lift is None:
+                return replace(proved, limit="; ".join(excuses))
+            lifted.enter_context(excuse.lift(published, model))
 
 
 def _length(plan: ShrinkPlan, small: Twin) -> int:
