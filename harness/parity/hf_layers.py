@@ -7,15 +7,17 @@ a layer about which they disagree is kept, so that the twin differs there from t
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from harness.architecture import Architecture, layer_symbols
 from harness.families.items import Config, Expectation, layer_count
 from harness.families.patterns import moe_pattern, symbols
 from harness.families.positions import no_rope_pattern, windows
 from harness.families.rows import Family, MoELayers, Windows
+from harness.layers import Attention, MoE
 from harness.parity.no_twin import NoTwin
 from harness.shrink import ShrinkPlan
 from harness.shrink.invariants import layer_kinds
@@ -89,32 +91,46 @@ def kept_layers(plan: ShrinkPlan, kinds: Sequence[Kind]) -> tuple[int, ...]:
     for kind in wanted:
         if not places[kind]:
             raise NoTwin(f"the publisher has {len(kinds)} layers, the preset's kinds of layers begin later")
-    usual = {kind: Counter(kinds[i] for i in at).most_common(1)[0][0] for kind, at in places.items() if at}
-    ways = {
-        kind: sorted(at, key=lambda index: (kinds[index] == usual[kind], index))[:_MOST]
-        for kind, at in places.items()
-        if at
+    disputed = {
+        index
+        for index, (ours, theirs) in enumerate(zip(_by_preset(plan.before), kinds, strict=False))
+        if ours != theirs
     }
-    kept = _cheapest(wanted, ways, lambda kind, index: kinds[index] != usual[kind])
+    ways = {
+        kind: sorted(at, key=lambda index: (index not in disputed, index))[:_MOST]
+        for kind, at in places.items()
+    }
+    kept = _cheapest(wanted, ways, disputed)
     if len(kinds) > plan.before.num_layers:
         return (*kept, len(kinds) - 1)
     return kept[:-1] if len(kinds) < plan.before.num_layers and len(kept) > 1 else kept
 
 
+def _by_preset(model: Architecture) -> list[Kind]:
+    if model.hybrid:
+        return [Kind(symbol) for symbol in layer_symbols(model.pattern)]
+    found = []
+    for layer in model.layers:
+        attention = layer.mixer if isinstance(layer.mixer, Attention) else None
+        windowed = attention is not None and attention.window is not None
+        found.append(Kind("", isinstance(layer.mlp, MoE), windowed, attention is None or attention.rope))
+    return found
+
+
 def _cheapest(
-    wanted: Sequence[int], places: Mapping[int, Sequence[int]], disputed: Callable[[int, int], bool]
+    wanted: Sequence[int], places: Mapping[int, Sequence[int]], disputed: Collection[int]
 ) -> tuple[int, ...]:
     """An index for each wanted kind so that the steps between them cost least; the lowest of equals."""
 
-    def own(kind: int, index: int) -> int:
-        return _DISPUTED if disputed(kind, index) else 0
+    def own(index: int) -> int:
+        return _DISPUTED if index in disputed else 0
 
-    best = {index: (own(wanted[0], index), (index,)) for index in places[wanted[0]]}
+    best = {index: (own(index), (index,)) for index in places[wanted[0]]}
     for kind in wanted[1:]:
         onward = {}
         for index in places[kind]:
             cost, path = min((cost + _step(last, index), path) for last, (cost, path) in best.items())
-            onward[index] = (cost + own(kind, index), (*path, index))
+            onward[index] = (cost + own(index), (*path, index))
         best = onward
     return min(best.values())[1]
 
