@@ -84,8 +84,8 @@ def check_tensors(checkpoint: Checkpoint, expecteds: Sequence[Expected]) -> Iter
             if found is None:
                 yield finding(name, f"is missing, expected {wanted}", str(wanted), None, module)
             elif not _same_shape(found, wanted) or found.dtype != wanted.dtype:
-                actual = Stored(tuple(found.shape), found.dtype)
-                yield finding(name, f"is {actual}, expected {wanted}", str(wanted), str(actual), module)
+                actual = str(Stored(tuple(found.shape), found.dtype))
+                yield finding(name, f"is {actual}, expected {wanted}", str(wanted), actual, module)
     for name, found in checkpoint.tensors.items():
         if name not in known:
             actual = str(Stored(tuple(found.shape), found.dtype))
