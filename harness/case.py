@@ -20,8 +20,10 @@ PARITY = "parity"
 
 # The check that exactly what a recipe means is quantized.
 COVERAGE = "coverage"
+# The check that what ModelOpt exports is the published checkpoint in the recipe's formats.
+EXPORT = "export"
 # Checks of a quantized model that cost more than quantizing it, and are made where they are asked for.
-PROOFS = ("state", "weights", "backward")
+PROOFS = ("state", "weights", "backward", EXPORT)
 
 
 class Outcome(StrEnum):
@@ -62,8 +64,9 @@ class Case:
     @property
     def stages(self) -> tuple[str, ...]:
         """Those that it goes through, in order."""
-        without = ("build", "forward", "quantize") if self.recipe == PARITY else ("parity",)
-        return tuple(stage for stage in STAGES if stage not in without)
+        if self.recipe == PARITY:
+            return tuple(stage for stage in STAGES if stage not in ("build", "forward", "quantize"))
+        return STAGES if EXPORT in self.prove else STAGES[:-1]
 
     @property
     def repro(self) -> str:

@@ -74,7 +74,9 @@ Layouts = Annotated[
 ]
 Prove = Annotated[
     list[str] | None,
-    typer.Option("--prove", help="checks that cost more: state, weights, backward, with commas, or all"),
+    typer.Option(
+        "--prove", help="checks that cost more: state, weights, backward, export, with commas, or all"
+    ),
 ]
 Ranks = Annotated[
     str,

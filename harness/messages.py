@@ -86,7 +86,7 @@ def what_happened(report: CaseReport) -> str:
     if errors:
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         return finding_text(errors[0], report.case.path) + more
-    return report.stages[-1].detail if report.stages else ""
+    return next((stage.detail for stage in reversed(report.stages) if stage.detail), "")
 
 
 def distinct_errors(report: CaseReport) -> list[Finding]:
@@ -180,6 +180,19 @@ def unsupported_text(reports: Iterable[CaseReport]) -> str:
     return "\n".join("\n".join([reason, *names]) for reason, names in cases.items())
 
 
+def not_proved_text(reports: Iterable[CaseReport]) -> str:
+    """What was asked of cases that passed and could not be proved: the reason once, and the cases."""
+    cases: dict[str, list[str]] = {}
+    for report in reports:
+        if report.outcome is not Outcome.PASSED:
+            continue
+        for check in (check for stage in report.stages for check in stage.checks):
+            if check.name in report.case.prove and check.outcome in (Outcome.UNSUPPORTED, Outcome.SKIPPED):
+                said = f"{check.name} {check.outcome}: {check.detail}"
+                cases.setdefault(said, []).append(f"  {report.case.name}")
+    return "\n".join("\n".join([said, *names]) for said, names in cases.items())
+
+
 def warnings_text(reports: Iterable[CaseReport]) -> str:
     """Every warning, once per preset however many cases found it."""
     return _each_once(reports, _warnings)
@@ -222,12 +235,14 @@ def summary_line(reports: Sequence[CaseReport], seconds: float | None = None) ->
 
 
 def full_text(reports: Sequence[CaseReport], width: int | None, seconds: float | None = None) -> str:
-    """The table, what failed, was skipped, is unsupported, was warned of and stood in, a line on it all."""
+    """The table, then what failed, was skipped, is unsupported, was not proved, was warned of and stood in; a
+    line on it all."""
     sections = (
         ("", summary_table(reports, width)),
         ("", failures_text(reports)),
         ("skipped\n", skipped_text(reports)),
         ("unsupported\n", unsupported_text(reports)),
+        ("not proved\n", not_proved_text(reports)),
         ("warnings\n", warnings_text(reports)),
         ("stand-ins on this machine\n", stand_ins_text(stand_ins(reports))),
         ("", summary_line(reports, seconds)),

@@ -88,7 +88,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--prove",
         action="append",
         default=[],
-        help="checks that cost more: state, weights, backward, several with commas, or all",
+        help="checks that cost more: state, weights, backward, export, several with commas, or all",
     )
     group.addoption("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     # Not --timeout: that is pytest-timeout's.

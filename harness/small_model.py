@@ -13,9 +13,9 @@ from itertools import product
 from typing import TYPE_CHECKING
 
 from harness.architecture import Architecture
-from harness.case import COVERAGE, PARITY, REAL, Case, StandInReport
+from harness.case import COVERAGE, EXPORT, PARITY, REAL, Case, Check, Outcome, StandInReport
 from harness.errors import UnsupportedModel
-from harness.finding import Finding, Severity
+from harness.finding import Finding, Severity, has_errors
 from harness.inventory import counts
 from harness.layout import Layout
 from harness.rank import Rank, UnevenStages, ranks_named, stages_of
@@ -129,6 +129,8 @@ class SmallModel:
                     return
                 self._in_world(self.recipe, device)
                 self._ask_control(self.recipe, device)
+                if EXPORT in self.case.prove:
+                    self._export(self.recipe, device)
                 # A recipe of ModelOpt's that cannot name in Megatron's model what it means is not applied.
                 self.limit = self.limit or self.run.limits.get(COVERAGE, "")
             finally:
@@ -159,10 +161,7 @@ class SmallModel:
         if self.plan is None or "config" in self.run.blocked:
             self._can_not(PARITY)
             return
-        if self.facts is None:
-            self.skipped = "nothing published is there to compare with"
-        elif find_spec("transformers") is None:
-            self.skipped = f"transformers is not installed: {INSTALL_PARITY}"
+        self.skipped = self._why_not_compared()
         if self.facts is None or self.skipped:
             self.run.skip(PARITY, self.skipped)
             return
@@ -173,6 +172,32 @@ class SmallModel:
             stage.findings.extend(parity.findings)
             stage.detail, stage.limit = parity.limit or parity.detail, parity.limit
         self.limit = parity.limit
+
+    def _why_not_compared(self) -> str:
+        if self.facts is None:
+            return "nothing published is there to compare with"
+        if find_spec("transformers") is None:
+            return f"transformers is not installed: {INSTALL_PARITY}"
+        return ""
+
+    def _export(self, recipe: Recipe, device: torch.device) -> None:
+        """The proof that was asked for, of a model of its own: the one that was proved may be packed."""
+        reason = self._why_not_compared()
+        if self.plan is None or self.run.blocked or has_errors(self.run.findings):
+            reason = "the model is not quantized as it should be"
+        elif self.case.layout.world_size > 1:
+            reason = "an export is made on one rank"
+        with self.run.stage(PARITY) as stage:
+            if self.plan is None or self.facts is None or reason:
+                stage.checks.append(Check(EXPORT, Outcome.SKIPPED, reason))
+                return
+            from harness.parity.exporting import export_of
+
+            exported = export_of(self.plan, self.facts, recipe, device)
+            stage.findings.extend(replace(finding, check=EXPORT) for finding in exported.findings)
+            outcome = Outcome.UNSUPPORTED if exported.limit else Outcome.PASSED
+            outcome = Outcome.FAILED if has_errors(exported.findings) else outcome
+            stage.checks.append(Check(EXPORT, outcome, exported.limit or exported.detail))
 
     def _in_world(self, recipe: Recipe, device: torch.device) -> None:
         if self.plan is None or "config" in self.run.blocked:
@@ -186,7 +211,8 @@ class SmallModel:
 
         small, layout = self.plan.after, layout_of_plan(self.plan, self.case.layout)
         length = sequence_length(small, layout)
-        job = Job(small, recipe, layout, Rank(0), torch.bfloat16, length, prove=self.case.prove)
+        proofs = tuple(name for name in self.case.prove if name != EXPORT)
+        job = Job(small, recipe, layout, Rank(0), torch.bfloat16, length, prove=proofs)
         if self.case.ranks == REAL and layout.world_size > 1:
             from harness.real_ranks import compare_ranks
 

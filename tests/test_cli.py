@@ -341,7 +341,7 @@ def test_recipes(
         ([], ()),
         (["--prove", "weights", "--prove", "state"], ("state", "weights")),
         (["--prove", "state,backward,state"], ("state", "backward")),
-        (["--prove", "all"], ("state", "weights", "backward")),
+        (["--prove", "all"], ("state", "weights", "backward", "export")),
     ],
     ids=["none", "repeated", "commas", "all"],
 )
@@ -355,7 +355,7 @@ def test_what_is_to_be_proved(
 def test_an_unknown_proof_is_wrong_usage(invoke: Invoke, tree: Path, faked: list[Case]) -> None:
     result = invoke("check", "Qwen3-0.6B", "--presets", tree, "--device", "cpu", "--prove", "it")
     assert (result.code, faked) == (2, [])
-    assert "no proof is called 'it'; known: state, weights, backward, all" in result.err
+    assert "no proof is called 'it'; known: state, weights, backward, export, all" in result.err
 
 
 def test_a_layout_that_cannot_be_run_is_refused_before_anything_starts(

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from harness import small_model
-from harness.case import PARITY, Case, CaseReport, Outcome, StageReport
+from harness.case import PARITY, Case, CaseReport, Check, Outcome, StageReport
 from harness.finding import Finding, Severity
 from harness.layout import Layout
-from harness.parity import stage
+from harness.messages import what_happened
+from harness.parity import exporting, stage
+from harness.parity.exporting import Exported
 from harness.parity.stage import Parity
 from harness.pipeline import check
 from harness.preset import find_presets
@@ -116,6 +118,52 @@ def test_a_limit_excuses_no_error(
     report = check(CASE)
     assert (report.outcome, report.reason) == (outcome, reason)
     assert parity_stage(report).outcome is outcome
+
+
+EXPORT_CASE = replace(CASE, recipe="fp8", prove=("export",))
+
+
+def export(report: CaseReport) -> Check:
+    (check,) = parity_stage(report).checks
+    assert check.name == "export"
+    return check
+
+
+def test_an_export_is_proved_on_request() -> None:
+    report = check(EXPORT_CASE)
+    assert (report.outcome, report.findings) == (Outcome.PASSED, ())
+    assert export(report).outcome is Outcome.PASSED
+    assert "weights quantized" in export(report).detail
+    assert "relative error" in what_happened(report)
+
+
+@pytest.mark.parametrize(
+    ("exported", "outcome"),
+    [
+        (Exported((), "ModelOpt: no rules", "nothing exported"), Outcome.UNSUPPORTED),
+        (Exported((WRONG,), "ModelOpt: no rules", "nothing exported"), Outcome.FAILED),
+        (Exported((WRONG,), "", "nothing exported"), Outcome.FAILED),
+    ],
+    ids=["limit", "limit-and-error", "error"],
+)
+def test_what_an_export_comes_to(
+    exported: Exported, outcome: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "export_of", lambda *_: exported)
+    report = check(EXPORT_CASE)
+    assert export(report).outcome is outcome
+    assert report.outcome is (Outcome.FAILED if exported.findings else Outcome.PASSED)
+    assert [finding.check for finding in report.findings] == ["export"] * len(exported.findings)
+
+
+def test_an_export_that_cannot_be_made_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    report = check(replace(EXPORT_CASE, layout=Layout.parse("tp2")))
+    assert export(report) == Check("export", Outcome.SKIPPED, "an export is made on one rank")
+    broken = write_copy(tmp_path, "Qwen3-0.6B", edit(TEXTS["Qwen3-0.6B"], "--norm-epsilon", "1e-4"))
+    report = check(replace(EXPORT_CASE, path=str(broken)))
+    assert export(report).detail == "the model is not quantized as it should be"
+    monkeypatch.setattr(small_model, "find_spec", lambda name: None)
+    assert export(check(EXPORT_CASE)).detail == f"transformers is not installed: {INSTALL_PARITY}"
 
 
 def test_the_harness_own_exception_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ ALWAYS = ("coverage", "calibration", "effect", "blocks")
 
 
 def checks(report: CaseReport) -> Mapping[str, Check]:
-    return {check.name: check for check in report.stages[-1].checks}
+    return {check.name: check for stage in report.stages for check in stage.checks}
 
 
 def failed(report: CaseReport) -> list[str]:
@@ -63,9 +63,9 @@ def broken_by(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]) ->
 def test_every_proof_of_a_sound_case_passes() -> None:
     report = check(replace(CASE, prove=PROOFS))
     assert failed(report) == []
-    assert list(checks(report)) == [*ALWAYS, "backward", "state", "sharded state", "weights"]
+    assert list(checks(report)) == [*ALWAYS, "backward", "state", "sharded state", "weights", "export"]
     assert all(each.outcome is Outcome.PASSED and each.detail for each in checks(report).values())
-    assert report.case.repro.endswith("--device cpu --prove state,weights,backward")
+    assert report.case.repro.endswith("--device cpu --prove state,weights,backward,export")
     assert from_json(to_json([report]))[0].stages == report.stages
 
 

@@ -240,6 +240,26 @@ def test_exit_codes(reports: list[CaseReport], code: int) -> None:
 # ---- text ----
 
 
+def test_what_was_asked_and_could_not_be_proved_is_said_once() -> None:
+    wanted = replace(PASSED.case, prove=("weights", "export"))
+    limit = Check("export", Outcome.UNSUPPORTED, "ModelOpt: the exporter has no rules for Qwen4")
+    skipped = Check("weights", Outcome.SKIPPED, "simulated rank: shapes only")
+    other = Check("coverage", Outcome.UNSUPPORTED, "not asked for")
+    stage = StageReport("quantize", Outcome.PASSED, 0.0, "", (limit, skipped, other))
+    entry = replace(PASSED, case=wanted, stages=(stage,))
+    second = replace(entry, case=replace(wanted, recipe="nvfp4"), stages=(replace(stage, checks=(limit,)),))
+    expected = [
+        "export unsupported: ModelOpt: the exporter has no rules for Qwen4",
+        f"  {entry.case.name}",
+        f"  {second.case.name}",
+        "weights skipped: simulated rank: shapes only",
+        f"  {entry.case.name}",
+    ]
+    assert messages.not_proved_text([entry, second]).splitlines() == expected
+    assert "not proved\n  export unsupported" in messages.full_text([entry], None)
+    assert messages.not_proved_text([replace(entry, outcome=Outcome.FAILED), PASSED]) == ""
+
+
 def test_a_failure_says_where_what_is_what_should_be_and_what_to_do() -> None:
     assert messages.failure_text(FAILED) == (
         "Qwen/Qwen3-8B  layers.0.self_attention.linear_qkv  weight is 1280 x 128, expected 1024 x 128\n"

@@ -24,6 +24,7 @@ from harness.parity.exported import check_numbers, check_tensors, read
 from harness.parity.exporter_limits import divided
 from harness.parity.quantization_config import check_config, check_sizes
 from harness.parity.stored import NotKnown
+from harness.parity.twin import NoTwin, Twin, twin
 from harness.quantize import without_folders
 from harness.routing import forward_and_routes
 from harness.stages import Raised
@@ -32,8 +33,8 @@ from harness.world import open_world
 
 if TYPE_CHECKING:
     from harness.architecture import Architecture
+    from harness.facts import Facts
     from harness.parity.expected import Expected
-    from harness.parity.twin import Twin
     from harness.recipes import Recipe
     from harness.shrink import ShrinkPlan
 
@@ -51,8 +52,16 @@ class Exported:
     detail: str
 
 
+def export_of(plan: ShrinkPlan, facts: Facts, recipe: Recipe, device: torch.device) -> Exported:
+    """``export_round_trip`` with the twin that ``facts`` make; a limit where they make none."""
+    try:
+        return export_round_trip(plan, twin(facts, plan), recipe, device)
+    except NoTwin as error:
+        return Exported((), f"no small Hugging Face model: {error}", "nothing exported")
+
+
 def export_round_trip(
-    plan: ShrinkPlan, twin: Twin, recipe: Recipe, device: torch.device, folder: Path | None = None
+    plan: ShrinkPlan, small: Twin, recipe: Recipe, device: torch.device, folder: Path | None = None
 ) -> Exported:
     """Quantize the plan's small model, export it, and compare what was written.
 
@@ -63,10 +72,10 @@ def export_round_trip(
         if folder is None:
             folder = Path(scratch) / "published"
             folder.mkdir()
-            published.save(published.build(twin), twin, folder)
+            published.save(published.build(small), small, folder)
         # A model must be gone before its world is closed.
         with open_world(Layout(), device):
-            return _round_trip(plan.after, twin.architecture, recipe, device, folder, Path(scratch) / "out")
+            return _round_trip(plan.after, small.architecture, recipe, device, folder, Path(scratch) / "out")
 
 
 def _round_trip(
