@@ -9,9 +9,17 @@ HarnessError
   UnsupportedModel      a kind of model that the harness cannot build yet: a finding on its flag
   RankLost              the process of one rank of a case died: the case is an error
   ReportError           a report file cannot be read or written: exit code 2
+
+Interrupted             SIGINT or SIGTERM: exit code 130 or 143
 """
 
 from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harness.case import CaseReport
 
 
 class HarnessError(Exception):
@@ -56,3 +64,15 @@ class RankLost(HarnessError):
 
 class ReportError(HarnessError):
     """A report that cannot be read or written."""
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM; no ``except Exception`` on the way may keep it.
+
+    ``reports`` are of the cases of the run that it ended, where there were any.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.exit_code = 128 + signum
+        self.reports: tuple[CaseReport, ...] = ()

@@ -7,12 +7,13 @@ demand; a process forked from it may start a server of its own.
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
@@ -27,6 +28,58 @@ def fork_server(preload: Sequence[str] = PRELOAD) -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["harness.fork_server", *preload])
     return context
+
+
+def hand_over_fork_server() -> dict[str, Any]:
+    """Start this process' fork server, and say where it is; plain values for ``join_fork_server``.
+
+    Empty where this version of Python keeps it otherwise than is known here.
+    """
+    server = _server()
+    server.ensure_running()
+    names = {"server": "_forkserver_pid", "address": "_forkserver_address", "alive": "_forkserver_alive_fd"}
+    place = {key: getattr(server, name, None) for key, name in names.items()}
+    return {} if None in place.values() else {**place, "process": os.getpid()}
+
+
+def join_fork_server(place: Mapping[str, Any]) -> bool:
+    """Fork from the server of another process, which lives; whether that could be.
+
+    Otherwise this process starts one of its own when it needs it. The server lives as long as any process
+    holds the pipe by which it knows that it is needed.
+    """
+    server = _server()
+    try:
+        alive = os.open(f"/proc/{place['process']}/fd/{place['alive']}", os.O_WRONLY)
+    except (OSError, KeyError):
+        return False
+    server._forkserver_address, server._forkserver_alive_fd = place["address"], alive
+    start = server.ensure_running
+
+    def ensure_running() -> None:
+        """As the server's own, which waits for a child of this process, and this one is another's."""
+        if not _lives(place["server"]):
+            server._forkserver_address = server._forkserver_alive_fd = None
+            server.ensure_running = start
+            os.close(alive)
+            start()
+
+    server.ensure_running = ensure_running
+    return True
+
+
+def _server() -> Any:
+    """The fork server of the module, whose methods are what the module exports."""
+    return multiprocessing.forkserver._forkserver
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process is there that has not ended; it need not be a child of this one."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
 
 
 def die_with_parent() -> None:

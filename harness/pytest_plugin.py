@@ -1,32 +1,30 @@
 """pytest plugin: a preset file -> a test file, with one item per case.
 
 ``pytest presets -k "Qwen3 and nvfp4" -n auto``; elsewhere ``pytest /some/tree -p harness.pytest_plugin``.
-Collection imports no torch. What a case found travels to the terminal as an attribute of pytest's own report,
-also from an xdist worker.
+Each case runs in a child process (``worker.py``), so that neither pytest nor a worker of xdist imports torch
+or is ended by a case. What a case found travels to the terminal as an attribute of pytest's own report, also
+from an xdist worker.
 """
 
 from __future__ import annotations
 
-import faulthandler
 import os
-import signal
-import warnings
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from harness.case import FIRST_RANKS, PARITY, Case, CaseReport, Outcome
-from harness.devices import gpu_count, resolve_device, worker_count
+from harness.devices import Share, resolve_device, wanted_device, worker_count, worker_shares
 from harness.errors import UsageError
 from harness.layout import Layout
 from harness.messages import failure_text, stand_ins_text, warnings_text
 from harness.pipeline import require_possible
 from harness.preset import PresetFile
 from harness.processes import pin_threads
+from harness.pytest_workers import run_here, server_for_others, worker_in
 from harness.report import from_json, stand_ins, to_json
 from harness.selection import (
     DEFAULT_TIMEOUT,
@@ -39,12 +37,7 @@ from harness.selection import (
     runnable,
 )
 from harness.tree import Kind, NotChecked, leads_back, preset_at, survey, what_it_is
-
-if TYPE_CHECKING:
-    from types import FrameType
-
-# How long a worker that hangs in C code, where no signal handler runs, may outlive its time limit.
-_GRACE_SECONDS = 30.0
+from harness.worker import Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +54,12 @@ class Wanted:
     timeout: float
     places: tuple[Path, ...]
     prove: tuple[str, ...] = ()
+    in_process: bool = False
 
 
 _WANTED = pytest.StashKey[Wanted]()
 _REPORT = pytest.StashKey[CaseReport]()
+_PLACE = pytest.StashKey[Worker]()
 
 
 # ---- options, workers and devices ----
@@ -95,6 +90,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--case-timeout", type=float, default=DEFAULT_TIMEOUT, metavar="SECONDS", help="0 for no limit"
     )
+    group.addoption(
+        "--in-process",
+        action="store_true",
+        help="run cases in pytest's own process, for a debugger; a crash then ends pytest",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -109,7 +109,7 @@ def _wanted(config: pytest.Config) -> Wanted:
     device, layouts = config.getoption("device"), layouts_named(config.getoption("layout"))
     worker = getattr(config, "workerinput", None)
     if worker is not None:
-        device = _pin(device, int(worker["workerid"].removeprefix("gw")), worker["workercount"])
+        device = _pin(device, Share(**worker["harness_share"]))
         places = tuple(map(Path, worker["harness_places"]))
     else:
         places = tuple(_places(config))
@@ -123,46 +123,56 @@ def _wanted(config: pytest.Config) -> Wanted:
         config.getoption("case_timeout"),
         places,
         proofs_named(config.getoption("prove")),
+        config.getoption("in_process"),
     )
 
 
-def _pin(device: str, index: int, workers: int) -> str:
+def _pin(device: str, share: Share) -> str:
     """Leave this xdist worker its share of the cores and one device; what that device is now called."""
-    pin_threads(max(1, len(os.sched_getaffinity(0)) // workers))
-    resolved = resolve_device(device)
-    if resolved == "cpu":
-        return resolved
-    if device != resolved:  # no number asked for: every visible device takes workers
-        resolved = f"cuda:{index % gpu_count()}"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = device_entry(visible, int(resolved.partition(":")[2]))
-    return "cuda:0"
-
-
-def device_entry(visible: str | None, index: int) -> str:
-    """What ``CUDA_VISIBLE_DEVICES`` must be to leave only device ``index`` of those visible."""
-    if visible is None:
-        return str(index)
-    return [entry.strip() for entry in visible.split(",") if entry.strip()][index]
+    os.environ.update(share.environment)
+    pin_threads(share.threads)
+    return device if share.entry is None else "cuda:0"
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
-    node.workerinput["harness_places"] = list(map(str, node.config.stash[_WANTED].places))
+    """Tell a worker of xdist what is its share, and where the fork server is, which they have in common."""
+    config, given = node.config, node.workerinput
+    wanted = config.stash[_WANTED]
+    try:
+        share = _shares(config, given["workercount"])[int(given["workerid"].removeprefix("gw"))]
+    except UsageError as error:
+        raise pytest.UsageError(str(error)) from error
+    given["harness_places"] = list(map(str, wanted.places))
+    given["harness_share"] = asdict(share)
+    if _has_presets(config) and not (wanted.in_process or config.option.collectonly):
+        given["harness_server"] = server_for_others()
+
+
+def _shares(config: pytest.Config, workers: int) -> list[Share]:
+    """What each of so many workers may use. Raises UsageError where they do not fit."""
+    wanted = config.stash[_WANTED]
+    processes = processes_per_case(wanted.layouts, wanted.ranks)
+    try:
+        return worker_shares(config.getoption("device"), workers, processes)
+    except UsageError:
+        if _has_presets(config):
+            raise
+        return [Share(1, 0)] * workers  # other tests are what they are
+
+
+def _has_presets(config: pytest.Config) -> bool:
+    return next(_presets(config, config.stash[_WANTED].places), None) is not None
 
 
 @pytest.hookimpl(optionalhook=True, tryfirst=True)  # before xdist, whichever was loaded first
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     try:
-        device = resolve_device(config.getoption("device"))
+        device = wanted_device(config.getoption("device"))
         layouts = layouts_named(config.getoption("layout"))
     except UsageError as error:
         raise pytest.UsageError(str(error)) from error
-    processes = processes_per_case(layouts, config.getoption("ranks"))
-    if device == "cpu" or config.getoption("device") == device or processes > 1:
-        return worker_count(device, processes)
-    cores = len(os.sched_getaffinity(0))
-    return min(cores, sum(worker_count(f"cuda:{index}") for index in range(gpu_count())))
+    return worker_count(device, processes_per_case(layouts, config.getoption("ranks")))
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -282,6 +292,23 @@ class PresetCase(pytest.Item):
         return self.path, 0, self.case.name
 
 
+def _run(case: Case, config: pytest.Config) -> CaseReport:
+    from harness import pipeline
+
+    wanted, given = config.stash[_WANTED], getattr(config, "workerinput", None)
+    if wanted.in_process:
+        return run_here(pipeline.check, case, wanted.timeout, replaceable=given is not None)
+    try:
+        if _PLACE not in config.stash:
+            # Without xdist a case names its device itself, among all that are visible.
+            share = Share(**given["harness_share"]) if given else replace(_shares(config, 1)[0], entry=None)
+            server = given.get("harness_server") if given else None
+            config.stash[_PLACE] = worker_in(share, pipeline.check, server)
+    except UsageError as error:
+        return CaseReport(case, Outcome.ERROR, 0.0, reason=str(error))
+    return config.stash[_PLACE].run(case, wanted.timeout or None)
+
+
 class CaseFailed(Exception):
     """A case that did not pass, on its way to pytest."""
 
@@ -290,48 +317,9 @@ class CaseFailed(Exception):
         self.report = report
 
 
-# ---- running ----
-
-
-class _TimedOut(BaseException):
-    """Not an Exception, so that no stage takes it for Megatron's."""
-
-
-def _run(case: Case, config: pytest.Config) -> CaseReport:
-    from harness import pipeline
-    from harness.runner import safely
-
-    seconds = config.stash[_WANTED].timeout
-    try:
-        # Warnings are errors to our own tests, and none of a preset's business.
-        with _time_limit(seconds, hasattr(config, "workerinput")), warnings.catch_warnings():
-            warnings.simplefilter("default")
-            return safely(pipeline.check, case)
-    except _TimedOut:
-        return CaseReport(case, Outcome.ERROR, seconds, reason=f"timed out after {seconds:g} s")
-
-
-@contextmanager
-def _time_limit(seconds: float, replaceable: bool) -> Iterator[None]:
-    """Raise _TimedOut after ``seconds``, and end a ``replaceable`` process that does not even notice."""
-    if not seconds:
-        yield
-        return
-    previous = signal.signal(signal.SIGALRM, _time_out)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    if replaceable:
-        faulthandler.dump_traceback_later(seconds + _GRACE_SECONDS, exit=True)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-        if replaceable:
-            faulthandler.cancel_dump_traceback_later()
-
-
-def _time_out(signum: int, frame: FrameType | None) -> None:
-    raise _TimedOut
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _PLACE in config.stash:
+        config.stash[_PLACE].end()
 
 
 # ---- reporting ----

@@ -13,11 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import pytest_plugin
-from harness.devices import worker_count
-from harness.layout import Layout
-from harness.pytest_plugin import device_entry, is_preset
-from harness.selection import processes_per_case
+from harness.pytest_plugin import is_preset
 
 pytest_plugins = ["pytester"]
 
@@ -25,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 CONFTEST = """
 import os, sys, time
-from harness import pipeline
+from harness import pipeline, pytest_workers
 from harness.case import CaseReport, Outcome, StandInReport
 from harness.finding import Finding, Severity
 
@@ -49,7 +45,7 @@ def check(case):
         return CaseReport(case, Outcome.FAILED, 0.1, findings=found, stand_ins=(NORM,), log=log)
     return CaseReport(case, Outcome.PASSED, 0.1, findings=(PADDED,), stand_ins=(NORM,))
 
-pipeline.check = check
+pipeline.check, pytest_workers.PRELOAD = check, ()
 
 def pytest_sessionfinish(session):
     assert "torch" not in sys.modules, "torch was imported"
@@ -230,7 +226,7 @@ def test_nothing_to_run_is_never_a_pass(
         (["--layout", "tp"], "layout 'tp': 'tp' is not a size"),
         (["--layout", "cp2"], "context parallelism needs Transformer Engine's attention"),
         (["--layout", "tp2", "--ranks", "5"], "numbers below 2 for layout tp2"),
-        (["--prove", "nothing"], "no proof is called 'nothing'; known: state, weights, backward, all"),
+        (["--prove", "nothing"], "no proof is called 'nothing'; known: state, weights, backward, export, all"),
         (["--device", "cuda:77"], "device cuda:77 is not on this machine"),
     ],
     ids=["recipe", "layout", "layout that cannot be run", "ranks", "prove", "device"],
@@ -287,9 +283,10 @@ def test_a_fault_of_the_harness_fails_the_case(tree: pytest.Pytester) -> None:
     assert "Qwen/Qwen3-0.6B  the harness failed: KeyError: 'x'" in result.outlines
 
 
-def test_a_case_beyond_its_time_fails_and_the_next_runs(tree: pytest.Pytester) -> None:
+@pytest.mark.parametrize("more", [(), ("--in-process",)], ids=["child", "in process"])
+def test_a_case_beyond_its_time_fails_and_the_next_runs(tree: pytest.Pytester, more: tuple[str, ...]) -> None:
     (tree.path / "presets" / "Qwen" / "Hang.sh").write_text("")
-    result = run(tree, "presets", "-k", "Hang or 0.6B", "--recipe", "fp8", "--case-timeout", "0.5")
+    result = run(tree, "presets", "-k", "Hang or 0.6B", "--recipe", "fp8", "--case-timeout", "0.5", *more)
     result.assert_outcomes(passed=1, failed=1)
     assert "Qwen/Hang  timed out after 0.5 s" in result.outlines
 
@@ -302,10 +299,13 @@ def test_xdist_workers_share_the_cores(tree: pytest.Pytester) -> None:
 
 def test_warnings_of_libraries_do_not_fail_a_case(tree: pytest.Pytester) -> None:
     with (tree.path / "conftest.py").open("a") as stream:
-        stream.write("\nimport warnings\n_check = check\n")
-        stream.write("pipeline.check = lambda case: warnings.warn('old') or _check(case)\n")
-    result = run(tree, "presets/Qwen/Qwen3-0.6B.sh", "--recipe", "fp8", "-W", "error")
-    result.assert_outcomes(passed=1, warnings=1)
+        stream.write(
+            "\nimport warnings\ndef warned(case):\n    warnings.warn('old')\n    return check(case)\n"
+        )
+        stream.write("pipeline.check = warned\n")
+    options = ("presets/Qwen/Qwen3-0.6B.sh", "--recipe", "fp8", "-W", "error")
+    run(tree, *options).assert_outcomes(passed=1)
+    run(tree, *options, "--in-process").assert_outcomes(passed=1, warnings=1)
 
 
 def test_collecting_real_presets_imports_no_torch() -> None:
@@ -320,66 +320,6 @@ def test_collecting_real_presets_imports_no_torch() -> None:
 
 
 # ---- workers and devices ----
-
-
-@pytest.mark.parametrize(
-    ("visible", "index", "entry"),
-    [(None, 0, "0"), (None, 3, "3"), ("2,5", 1, "5"), ("GPU-aa, GPU-bb", 0, "GPU-aa"), (" 7 ", 0, "7")],
-)
-def test_a_pinned_worker_stays_within_the_callers_devices(
-    visible: str | None, index: int, entry: str
-) -> None:
-    assert device_entry(visible, index) == entry
-
-
-@pytest.mark.parametrize(
-    ("device", "visible", "pinned"),
-    [
-        ("auto", None, ["0", "1", "0"]),
-        ("cuda", "4,6", ["4", "6", "4"]),
-        ("cuda:1", "4,6", ["6", "6", "6"]),
-        ("cpu", "4,6", ["4,6", "4,6", "4,6"]),
-    ],
-)
-def test_workers_take_the_visible_devices_in_turn(
-    monkeypatch: pytest.MonkeyPatch, device: str, visible: str | None, pinned: list[str]
-) -> None:
-    monkeypatch.setattr("harness.devices.free_gpu_memory", lambda: (80 << 30, 80 << 30))
-    monkeypatch.setattr("harness.pytest_plugin.pin_threads", lambda threads: None)
-    seen = []
-    for index in range(3):
-        if visible is None:
-            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        else:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        name = pytest_plugin._pin(device, index, 3)
-        assert name == ("cpu" if device == "cpu" else "cuda:0")
-        seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
-    assert seen == pinned
-
-
-@pytest.mark.parametrize(
-    ("device", "workers"), [("auto", 5), ("cuda", 5), ("cuda:1", 3), ("cpu", 8)], ids=str
-)
-def test_the_number_of_workers_is_what_the_devices_carry(
-    monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config, device: str, workers: int
-) -> None:
-    by_device = {"cuda:0": 2, "cuda:1": 3, "cpu": 8}
-    monkeypatch.setattr("harness.devices.gpu_count", lambda: 2)
-    monkeypatch.setattr(pytest_plugin, "gpu_count", lambda: 2)
-    monkeypatch.setattr(pytest_plugin, "worker_count", lambda device, ranks=1: by_device[device])
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
-    monkeypatch.setattr(pytestconfig.option, "device", device)
-    assert pytest_plugin.pytest_xdist_auto_num_workers(pytestconfig) == workers
-
-
-def test_workers_that_start_ranks_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
-    monkeypatch.setattr("harness.devices._free_memory", lambda: 1 << 50)
-    assert [worker_count("cpu", ranks) for ranks in (1, 2, 4, 64)] == [16, 8, 4, 1]
-    assert worker_count("cuda:0", 2) == 1
-    layouts = [Layout.parse("tp2"), Layout.parse("tp2,pp2")]
-    assert [processes_per_case(layouts, ranks) for ranks in ("real", "first", "all")] == [4, 1, 1]
 
 
 def test_n_auto_asks_the_harness(tree: pytest.Pytester) -> None:
