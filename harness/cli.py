@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from harness import audit_table, blueprint, messages, pipeline, report
-from harness.case import FIRST_RANKS, Case, CaseReport, Outcome
+from harness.case import FIRST_RANKS, CaseReport
 from harness.devices import resolve_device, worker_count
 from harness.errors import HarnessError, UsageError
 from harness.preset import Found, find
+from harness.reproduction.choice import choose_case, require_file
 from harness.selection import (
     DEFAULT_TIMEOUT,
     cases_of,
@@ -222,39 +223,28 @@ def repro(
     case: Annotated[
         str | None, typer.Argument(help="words of its name: preset, recipe, layout, device")
     ] = None,
+    pdb: Annotated[bool, typer.Option("--pdb", help="stop in the debugger where a stage fails")] = False,
+    reduce: Annotated[
+        bool, typer.Option("--reduce", help="the fewest flags that, changed back, make it pass")
+    ] = False,
+    script: Annotated[
+        Path | None,
+        typer.Option("--script", metavar="FILE", help="write the failure as a program without the harness"),
+    ] = None,
+    full_width: Annotated[
+        bool, typer.Option("--full-width", help="real sizes in the plan's few layers, where they fit")
+    ] = False,
     json_: Json = None,
 ) -> None:
-    """Run one failed case of a report again, alone, in this process."""
-    from harness.runner import safely
+    """Run one case of a report again, alone, in this process, with the whole shape trace."""
+    from harness.reproduction import rerun
 
     chosen = choose_case(report.read_report(path), case, path)
-    if not Path(chosen.path).is_file():
-        raise UsageError(
-            f"{chosen.preset}: there is no file {chosen.path} here; run this where {path} was made"
-        )
-    result = safely(pipeline.check, chosen)
-    text = f"{messages.stages_text(result)}\n\n{messages.full_text([result], _width(json_))}"
+    require_file(chosen, path)
+    if script is not None:
+        report.require_writable(script)
+    result, text = rerun.again(chosen, rerun.Wanted(pdb, reduce, script, full_width), _width(json_))
     _finish(text, [result], json_)
-
-
-def choose_case(reports: Sequence[CaseReport], words: str | None, source: Path) -> Case:
-    """The case that ``words`` name, or the only one that did not pass. Raises UsageError."""
-    bad = [entry.case for entry in reports if entry.outcome in (Outcome.FAILED, Outcome.ERROR)]
-    if words is None:
-        found, what = bad, "failed"
-    else:
-        parts, every = words.lower().split(), [entry.case for entry in reports]
-        exact = [entry for entry in every if entry.name.lower() == words.lower()]
-        matching = [entry for entry in every if all(part in entry.name.lower() for part in parts)]
-        found, what = exact or [entry for entry in matching if entry in bad] or matching, f"match {words!r}"
-    if len(found) == 1:
-        return found[0]
-    if not found:
-        raise UsageError(
-            f"no case of {source} {'matches' if words else what}" + (f" {words!r}" if words else "")
-        )
-    listed = "\n".join(f"  {entry.name}" for entry in found)
-    raise UsageError(f"{len(found)} cases of {source} {what}; name one of them:\n{listed}")
 
 
 def _find(names: Sequence[str], tree: Path | None) -> Found:

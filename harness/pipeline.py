@@ -30,7 +30,7 @@ from harness.reference import Facts, compare, compare_checkpoint, facts_beside
 from harness.shrink import ShrinkPlan
 from harness.shrink.invariants import SIZE_ARGUMENTS
 from harness.small_model import SmallModel, shrink_stage
-from harness.stages import Run
+from harness.stages import Run, Watch
 
 
 def lint(file: PresetFile, layout: Layout | None = None, recipe: Recipe | None = None) -> CaseReport:
@@ -84,15 +84,17 @@ def require_possible(files: Iterable[PresetFile], layouts: Iterable[Layout]) -> 
                 raise UnknownLayout(f"layout {layout} cannot be for {known[0].name}{others}: {reasons[0]}")
 
 
-def check(case: Case) -> CaseReport:
+def check(case: Case, watch: Watch | None = None, full_width: bool = False) -> CaseReport:
     """Every stage of one case, in this process. Raises UsageError for a device that is not there.
+
+    ``watch`` looks on; ``full_width`` keeps the real sizes in the layers of the plan.
 
     An exception in the harness itself is reported with outcome ``error`` and its traceback as log.
     """
     start = perf_counter()
-    run = Run()
+    run = Run(watch=watch or Watch())
     try:
-        report = _check(run, case)
+        report = _check(run, case, full_width)
     except UsageError:
         raise
     except RankLost as lost:
@@ -109,13 +111,13 @@ def _error(run: Run, case: Case, reason: str, log: str) -> CaseReport:
     )
 
 
-def _check(run: Run, case: Case) -> CaseReport:
+def _check(run: Run, case: Case, full_width: bool) -> CaseReport:
     recipe = None if case.recipe == PARITY else find_recipe(case.recipe)
     full, facts = _read(run, PresetFile(case.preset, Path(case.path)), case.layout, recipe)
     if full is not None and (reason := _impossible(run, full, case.layout)):
         stages, findings = tuple(run.stages), tuple(run.findings)
         return CaseReport(case, Outcome.UNSUPPORTED, 0.0, stages, findings, reason=reason)
-    model = SmallModel(run, case, recipe, full, facts)
+    model = SmallModel(run, case, recipe, full, facts, full_width)
     model.run_stages()
     failed = has_errors(run.findings)
     return CaseReport(

@@ -105,6 +105,7 @@ def _forward(run: Run, job: Job, device: torch.device, model: Any, outputs: Outp
             first = forward_and_routes(model, tokens)
         # Where the pass raised, the trace up to there says first which shapes parted.
         stage.findings[:0] = trace.compare_trace(expected, recorder.trace())
+        run.watch.traced(stage, expected, recorder.trace())
         if first is None:
             return None
         stage.detail = f"{len(expected)} modules as planned"
@@ -130,7 +131,7 @@ def _quantize(
 ) -> None:
     with run.stage("quantize") as stage:
         result = None
-        with stage.foreign():
+        with stage.foreign(), run.watch.quantizing(model):
             result = quantize(
                 model,
                 job.recipe,

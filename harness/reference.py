@@ -74,8 +74,8 @@ def _judge(arguments: Arguments, item: Item, label: str) -> Finding | None:
         case NotModelled(dest, key, value):
             return arguments.finding(
                 dest,
-                f"{key} {_say(dest, value)} published, and the harness does not model it: nothing here says "
-                "whether the preset means the same",
+                f"{key} {shown_value(dest, value)} published, and the harness does not model it: nothing "
+                "here says whether the preset means the same",
                 stage="reference",
                 expected=value,
                 actual=arguments[dest],
@@ -131,7 +131,7 @@ def _check(arguments: Arguments, expectation: Expectation) -> Finding | None:
     dest, expected = expectation.dest, expectation.value
     layers = len(expected) if isinstance(expected, tuple) else None
     actual = effective(arguments, dest, layers)
-    if actual is NO_EFFECT or _equal(actual, expected):
+    if actual is NO_EFFECT or same_value(actual, expected):
         return None
     if dest == "padded_vocab_size" and actual is None:
         return None  # left to the tokenizer, see _vocabulary
@@ -139,15 +139,15 @@ def _check(arguments: Arguments, expectation: Expectation) -> Finding | None:
     if dest == "max_position_embeddings" and arguments["position_embedding_type"] == "learned_absolute":
         severity, why = Severity.ERROR, "the preset has a learned table of them"
     origin = arguments.origin(dest)
-    published = f"{_say(dest, expected)} published ({expectation.source})"
+    published = f"{shown_value(dest, expected)} published ({expectation.source})"
     if dest == "hybrid_layer_pattern":
         message = f"{origin.flag}: {_first_difference(actual, expected)} published ({expectation.source})"
     else:
         message = {
             How.GIVEN: f"{_shown(origin.flag, dest, actual)}: {published}",
-            How.DEFAULT: f"{origin.flag} is not set and Megatron's default is {_say(dest, actual)}: "
+            How.DEFAULT: f"{origin.flag} is not set and Megatron's default is {shown_value(dest, actual)}: "
             f"{published}",
-            How.DERIVED: f"{dest} is {_say(dest, actual)} ({origin.because}): {published}",
+            How.DERIVED: f"{dest} is {shown_value(dest, actual)} ({origin.because}): {published}",
         }[origin.how]
     return arguments.finding(
         dest,
@@ -215,17 +215,18 @@ def _prediction(arguments: Arguments) -> Iterator[Finding]:
 # Words
 
 
-def _equal(actual: Any, expected: Any) -> bool:
+def same_value(actual: Any, expected: Any) -> bool:
+    """Whether both are one value of an argument; a switch is no number."""
     if isinstance(actual, bool) or isinstance(expected, bool):
         return actual is expected
     return bool(actual == expected)
 
 
 def _shown(flag: str, dest: str, value: Any) -> str:
-    return flag if isinstance(value, bool) else f"{flag} {_say(dest, value)}"
+    return flag if isinstance(value, bool) else f"{flag} {shown_value(dest, value)}"
 
 
-def _say(dest: str, value: Any) -> str:
+def shown_value(dest: str, value: Any) -> str:
     """A value as a reader of presets would write it."""
     if isinstance(value, bool):
         return "on" if value else "off"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from harness.architecture import Architecture
 from harness.case import COVERAGE, EXPORT, PARITY, REAL, Case, Check, Outcome, StandInReport
-from harness.errors import UnsupportedModel
+from harness.errors import UnsupportedModel, UsageError
 from harness.finding import Finding, Severity, has_errors
 from harness.inventory import counts
 from harness.layout import Layout
@@ -102,8 +102,10 @@ class SmallModel:
         recipe: Recipe | None,
         full: Architecture | None,
         facts: Facts | None = None,
+        full_width: bool = False,
     ) -> None:
         self.run, self.case, self.recipe, self.full, self.facts = run, case, recipe, full, facts
+        self.full_width = full_width
         self.plan: ShrinkPlan | None = None
         self.stand_ins: tuple[StandInReport, ...] = ()
         self.limit = self.skipped = ""
@@ -124,6 +126,8 @@ class SmallModel:
             try:
                 self._config(device)
                 self.plan = shrink_stage(self.run, self.full, self.case.layout)
+                if self.full_width and self.plan is not None:
+                    self.plan = self._widened(self.plan)
                 if self.recipe is None:
                     self._parity(device)
                     return
@@ -141,6 +145,17 @@ class SmallModel:
         stages = self.case.stages
         for name in stages[stages.index(first) :]:
             self.run.can(name)
+
+    def _widened(self, plan: ShrinkPlan) -> ShrinkPlan:
+        """The plan with the real sizes in its few layers. Raises UsageError where they do not fit."""
+        from harness.reproduction.full_width import fitting
+
+        if self.recipe is None:
+            raise UsageError("--full-width: parity compares models of the plan's sizes, and no others")
+        wide, said = fitting(plan, layout_of_plan(plan, self.case.layout), self.case.device)
+        with self.run.stage("shrink") as stage:
+            stage.detail = said
+        return wide
 
     def _config(self, device: torch.device) -> None:
         from harness.build import transformer_config

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -21,7 +21,9 @@ from harness.layout import Layout
 from harness.layout_rules import Owner
 
 if TYPE_CHECKING:
+    from harness.activations import ModuleShapes
     from harness.proofs.proof import Proof
+    from harness.trace import Trace
 
 # The stages without whose result each stage has nothing to work on.
 NEEDS: Mapping[str, tuple[str, ...]] = {
@@ -96,6 +98,24 @@ def _owner(file: str) -> str:
     return "harness" if Path(__file__).parent in Path(file).parents else "torch"
 
 
+class Watch:
+    """Looks on while the stages of a case run, in the same process. This one does nothing; those of
+    ``reproduction`` remember what they see, or stop there."""
+
+    def traced(self, stage: Stage, expected: Mapping[str, ModuleShapes], trace: Trace) -> None:
+        """A pass of the unquantized model came to its end, or raised on the way."""
+
+    def quantizing(self, model: object) -> AbstractContextManager[object]:
+        """Open while ModelOpt works on the model."""
+        return nullcontext()
+
+    def raised(self, stage: Stage, error: Exception) -> None:
+        """Megatron or ModelOpt raised; the error's frames are still there."""
+
+    def ended(self, stage: Stage) -> None:
+        """A stage is over; what it worked on is still there, in the frame that called it."""
+
+
 @dataclass
 class Run:
     """One case while its stages run; becomes a CaseReport at the end."""
@@ -105,13 +125,15 @@ class Run:
     blocked: set[str] = field(default_factory=set)
     raised: dict[str, Raised] = field(default_factory=dict)
     limits: dict[str, str] = field(default_factory=dict)  # by check: what it cannot be made for, and whose
+    watch: Watch = field(default_factory=Watch)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
         """Run one stage; an exception out of it is the harness's own."""
-        stage = Stage(name)
+        stage = Stage(name, watch=self.watch)
         start = perf_counter()
         yield stage
+        self.watch.ended(stage)
         self.findings.extend(stage.findings)
         outcome = stage.outcome
         report = StageReport(name, outcome, perf_counter() - start, stage.detail, tuple(stage.checks))
@@ -145,7 +167,7 @@ class Run:
 
     def part(self) -> Run:
         """For one of several ranks, which goes its own way from here on."""
-        return Run(blocked=set(self.blocked))
+        return Run(blocked=set(self.blocked), watch=self.watch)
 
     def add(self, parts: Mapping[int, Run], layout: Layout, at_once: bool = False) -> None:
         """Take over what ranks of ``layout`` did and found, by number; what several say is said once.
@@ -234,6 +256,7 @@ class Stage:
     raised: Raised | None = None
     limits: dict[str, str] = field(default_factory=dict)
     limit: str = ""  # whose limit it is that the whole stage could not be made, and in which words
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def outcome(self) -> Outcome:
@@ -258,6 +281,7 @@ class Stage:
         except (UsageError, UnsupportedModel):
             raise
         except Exception as error:
+            self.watch.raised(self, error)
             self.raised = Raised.of(error)
             self.findings.append(self.raised.finding(self.name))
             self.usable = False

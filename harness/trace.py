@@ -101,6 +101,10 @@ class Recorder:
     def add(self, module: str, side: str, *values: Any) -> None:
         self._events.append(Event(module, side, tuple(_shapes(values))))
 
+    def begin(self) -> None:
+        self._events.clear()
+        self._finished = False
+
     def finish(self) -> None:
         self._finished = True
 
@@ -134,6 +138,19 @@ def recording(model: nn.Module) -> Iterator[Recorder]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def last_pass(model: nn.Module) -> Iterator[Recorder]:
+    """As ``recording``, of the last of many passes alone: each one that begins drops those before it."""
+    with recording(model) as recorder:
+        begun = model.register_forward_pre_hook(lambda module, args: recorder.begin())
+        done = model.register_forward_hook(lambda module, args, output: recorder.finish())
+        try:
+            yield recorder
+        finally:
+            begun.remove()
+            done.remove()
 
 
 def _entered(recorder: Recorder, name: str) -> Any:

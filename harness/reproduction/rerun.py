@@ -1,0 +1,64 @@
+"""Rerun: one case of a report -> the same case again, in this process, and what there is to read of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from harness import messages, pipeline
+from harness.case import REAL, Case, CaseReport, Outcome
+from harness.errors import UsageError
+from harness.reproduction.reduction import reduce, reduction_text
+from harness.reproduction.shape_trace import trace_text
+from harness.reproduction.witness import Debugger, Witness
+from harness.runner import run_cases, safely
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What to do beside running the case again."""
+
+    pdb: bool = False
+    reduce: bool = False
+    script: Path | None = None
+    full_width: bool = False
+
+
+def again(case: Case, wanted: Wanted, width: int | None) -> tuple[CaseReport, str]:
+    """The new report and the text on it. Raises UsageError for what cannot be done with this case."""
+    if wanted.full_width and (wanted.reduce or wanted.script):
+        raise UsageError(
+            "--full-width goes with --pdb alone: --reduce and --script work on the case as it is"
+        )
+    if wanted.pdb and case.ranks == REAL and case.layout.world_size > 1:
+        raise UsageError(
+            "--pdb: the ranks of --ranks real are processes of their own, out of a debugger's reach"
+        )
+    witness = Debugger() if wanted.pdb else Witness()
+    report = safely(partial(pipeline.check, watch=witness, full_width=wanted.full_width), case)
+    texts = [messages.stages_text(report), *map(trace_text, witness.passes)]
+    failed = report.outcome in (Outcome.FAILED, Outcome.ERROR)
+    if wanted.script is not None and failed:
+        from harness.reproduction.script import write_script
+
+        texts.append(write_script(report, wanted.script))
+    if wanted.reduce and failed:
+        texts.append(reduction_text(reduce(report, _one_trial(report))))
+    if not failed and (wanted.reduce or wanted.script):
+        texts.append("the case does not fail here: there is nothing to reduce or to write a script of")
+    return report, "\n\n".join([*texts, messages.full_text([report], width)])
+
+
+def _one_trial(report: CaseReport) -> partial[CaseReport]:
+    """In this process, which imports everything once; in another where the case may take that with it."""
+    return partial(_apart if report.outcome is Outcome.ERROR else _here)
+
+
+def _here(case: Case) -> CaseReport:
+    return safely(pipeline.check, case)
+
+
+def _apart(case: Case) -> CaseReport:
+    (report,) = run_cases([case], 1)
+    return report
