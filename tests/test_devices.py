@@ -431,8 +431,9 @@ def test_a_case_may_allocate_its_workers_share(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv(FRACTION, "0.25")
     torch_device("cpu")
     assert set_to == []
-    torch_device("cuda:1")
-    assert set_to == [(0.25, "cuda:1")]
+    # The worker is pinned to the GPU that the caller calls cuda:1, and sees no other.
+    assert str(torch_device("cuda:1")) == "cuda:0"
+    assert set_to == [(0.25, "cuda:0")]
     for text in ("0", "1.5", "all"):
         monkeypatch.setenv(FRACTION, text)
         with pytest.raises(UsageError, match="is no number above 0 and up to 1"):
