@@ -22,7 +22,7 @@ import typer
 
 from harness import audit_table, blueprint, messages, pipeline, report
 from harness.case import FIRST_RANKS, CaseReport
-from harness.devices import resolve_device, worker_count
+from harness.devices import resolve_device, worker_shares
 from harness.errors import HarnessError, UsageError
 from harness.preset import Found, find
 from harness.reproduction.choice import choose_case, require_file
@@ -39,6 +39,7 @@ from harness.selection import (
     recipes_named,
     runnable,
 )
+from harness.shards import cases_of_shard, shard_named
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -195,6 +196,13 @@ def check(
     timeout: Annotated[
         float, typer.Option(help="seconds that one case may take; 0 for no limit")
     ] = DEFAULT_TIMEOUT,
+    shard: Annotated[
+        str | None, typer.Option(metavar="N/OF", help="one part of several, as 2/5, on each of 5 machines")
+    ] = None,
+    shard_durations: Annotated[
+        str | None,
+        typer.Option(metavar="REPORT", help="an earlier report, by whose durations shards take as long"),
+    ] = None,
     presets: Tree = None,
     json_: Json = None,
 ) -> None:
@@ -203,10 +211,12 @@ def check(
 
     checks, chosen = checks_named(recipe or []), resolve_device(device)
     layouts, proofs = runnable(layouts_named(layout or []), ranks, chosen), proofs_named(prove or [])
-    workers = _jobs(jobs, chosen, processes_per_case(layouts, ranks))
+    part, count = shard_named(shard, shard_durations), _jobs(jobs)
     found = _find(names or [], presets)
     pipeline.require_possible(found.files, layouts)
     cases = cases_of(found.files, checks, layouts, chosen, presets, ranks, proofs)
+    cases = cases_of_shard(cases, part) if part else cases
+    workers = worker_shares(device, count, processes_per_case(layouts, ranks), len(cases))
     if timeout < 0:
         raise UsageError(f"--timeout {timeout:g} is less than no time")
     if json_ not in (None, "-"):
@@ -251,9 +261,10 @@ def _find(names: Sequence[str], tree: Path | None) -> Found:
     return find(names, tree or default_tree())
 
 
-def _jobs(text: str, device: str, processes: int) -> int:
+def _jobs(text: str) -> int | None:
+    """A number of workers, None for as many as there is room for."""
     if text == "auto":
-        return worker_count(device, processes)
+        return None
     if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"--jobs {text!r} is neither auto nor a number of at least 1")
     return int(text)

@@ -94,7 +94,7 @@ def wanted_device(text: str) -> str:
 def torch_device(name: str) -> torch.device:
     """The torch device of a resolved name, its memory limited to this worker's share.
 
-    A worker that has a share of a GPU sees that one alone, whatever number it has for others. Raises
+    A worker that is pinned to a GPU sees that one alone, whatever number it has for others. Raises
     DeviceUnavailable where torch cannot use it.
     """
     import torch
@@ -105,11 +105,10 @@ def torch_device(name: str) -> torch.device:
         raise DeviceUnavailable(
             f"device {name}: this torch ({torch.__version__}) cannot use CUDA here; run with --device cpu"
         )
-    text = os.environ.get(FRACTION)
-    if not text:
-        return torch.device(name)
-    device = torch.device("cuda:0")
-    torch.cuda.set_per_process_memory_fraction(_fraction(text), device)
+    is_pinned = len(os.environ.get(VISIBLE, ",").split(",")) == 1
+    device = torch.device("cuda:0" if is_pinned else name)
+    if text := os.environ.get(FRACTION):
+        torch.cuda.set_per_process_memory_fraction(_fraction(text), device)
     return device
 
 

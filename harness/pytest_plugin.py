@@ -18,7 +18,7 @@ import pytest
 
 from harness.case import FIRST_RANKS, PARITY, Case, CaseReport, Outcome
 from harness.devices import Share, resolve_device, wanted_device, worker_count, worker_shares
-from harness.errors import UsageError
+from harness.errors import HarnessError, UsageError
 from harness.layout import Layout
 from harness.messages import failure_text, stand_ins_text, warnings_text
 from harness.pipeline import require_possible
@@ -36,6 +36,7 @@ from harness.selection import (
     proofs_named,
     runnable,
 )
+from harness.shards import Shard, duration_name, shard_named
 from harness.tree import Kind, NotChecked, leads_back, preset_at, survey, what_it_is
 from harness.worker import Worker
 
@@ -55,6 +56,7 @@ class Wanted:
     places: tuple[Path, ...]
     prove: tuple[str, ...] = ()
     in_process: bool = False
+    shard: Shard | None = None
 
 
 _WANTED = pytest.StashKey[Wanted]()
@@ -90,6 +92,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--case-timeout", type=float, default=DEFAULT_TIMEOUT, metavar="SECONDS", help="0 for no limit"
     )
+    group.addoption("--shard", metavar="N/OF", help="run one part of several, as 2/5, on each of 5 machines")
+    group.addoption(
+        "--shard-durations",
+        metavar="REPORT",
+        help="a JSON report of harness check, by whose durations the shards take about as long",
+    )
     group.addoption(
         "--in-process",
         action="store_true",
@@ -101,7 +109,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: runs on a CUDA device")
     try:
         config.stash[_WANTED] = _wanted(config)
-    except UsageError as error:
+    except HarnessError as error:
         raise pytest.UsageError(str(error)) from error
 
 
@@ -124,6 +132,7 @@ def _wanted(config: pytest.Config) -> Wanted:
         places,
         proofs_named(config.getoption("prove")),
         config.getoption("in_process"),
+        shard_named(config.getoption("shard"), config.getoption("shard_durations")),
     )
 
 
@@ -177,7 +186,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 def pytest_report_header(config: pytest.Config) -> str:
     wanted = config.stash[_WANTED]
-    return f"harness: {', '.join(wanted.checks)}; {', '.join(map(str, wanted.layouts))}; {wanted.device}"
+    shard = f"; shard {wanted.shard}" if wanted.shard else ""
+    layouts = ", ".join(map(str, wanted.layouts))
+    return f"harness: {', '.join(wanted.checks)}; {layouts}; {wanted.device}{shard}"
 
 
 # ---- collection ----
@@ -248,6 +259,18 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> PresetTest
     if not is_preset(file_path, parent.config.stash[_WANTED].places):
         return None
     return PresetTests.from_parent(parent, path=file_path)
+
+
+@pytest.hookimpl(trylast=True)  # of what -k and -m leave
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    shard = config.stash[_WANTED].shard
+    if shard is None:
+        return
+    names = [duration_name(item.case) if isinstance(item, PresetCase) else item.nodeid for item in items]
+    kept = shard.of(names)
+    others = [item for item, name in zip(items, names, strict=True) if name not in kept]
+    items[:] = [item for item, name in zip(items, names, strict=True) if name in kept]
+    config.hook.pytest_deselected(items=others)
 
 
 class PresetTests(pytest.File):

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from pathlib import Path
 from statistics import median
 
 from harness.case import FIRST_RANKS, Case, CaseReport, Outcome
 from harness.errors import UsageError
+from harness.report import read_report
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """The ``number``-th of ``count`` parts; the first is 1."""
+    """The ``number``-th of ``count`` parts; the first is 1. ``seconds`` are recorded durations by name."""
 
     number: int
     count: int
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> Shard:
@@ -34,9 +37,23 @@ class Shard:
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
 
-    def of(self, names: Iterable[str], seconds: Mapping[str, float]) -> set[str]:
+    def of(self, names: Iterable[str]) -> set[str]:
         """The names that are in this shard."""
-        return {name for name, number in divide(names, self.count, seconds).items() if number == self.number}
+        shards = divide(names, self.count, self.seconds)
+        return {name for name, number in shards.items() if number == self.number}
+
+
+def shard_named(text: str | None, report: str | None) -> Shard | None:
+    """The shard of this text, balanced by the durations of a report; None where none is asked for.
+
+    Raises UsageError and ReportError.
+    """
+    if text is None:
+        if report is not None:
+            raise UsageError("--shard-durations balances shards: say which one with --shard")
+        return None
+    shard = Shard.parse(text)
+    return replace(shard, seconds=recorded_seconds(read_report(Path(report)))) if report else shard
 
 
 def divide(names: Iterable[str], count: int, seconds: Mapping[str, float]) -> dict[str, int]:
@@ -76,7 +93,9 @@ def recorded_seconds(reports: Sequence[CaseReport]) -> dict[str, float]:
     }
 
 
-def cases_of_shard(cases: Sequence[Case], shard: Shard, seconds: Mapping[str, float]) -> tuple[Case, ...]:
-    """The cases that this shard runs, in their order."""
-    kept = shard.of(map(duration_name, cases), seconds)
+def cases_of_shard(cases: Sequence[Case], shard: Shard) -> tuple[Case, ...]:
+    """The cases that this shard runs, in their order. Raises UsageError where there is none."""
+    kept = shard.of(map(duration_name, cases))
+    if not kept:
+        raise UsageError(f"shard {shard} has nothing to do: there are {len(cases)} cases in all")
     return tuple(case for case in cases if duration_name(case) in kept)

@@ -426,14 +426,17 @@ def test_a_case_may_allocate_its_workers_share(monkeypatch: pytest.MonkeyPatch) 
         torch.cuda, "set_per_process_memory_fraction", lambda part, device: set_to.append((part, str(device)))
     )
     monkeypatch.delenv(FRACTION, raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert str(torch_device("cuda:0")) == "cuda:0"
     assert set_to == []
     monkeypatch.setenv(FRACTION, "0.25")
     torch_device("cpu")
     assert set_to == []
-    # The worker is pinned to the GPU that the caller calls cuda:1, and sees no other.
+    assert str(torch_device("cuda:1")) == "cuda:1"
+    # A worker that is pinned to the GPU that the caller calls cuda:1 sees no other.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-ab22")
     assert str(torch_device("cuda:1")) == "cuda:0"
-    assert set_to == [(0.25, "cuda:0")]
+    assert set_to == [(0.25, "cuda:1"), (0.25, "cuda:0")]
     for text in ("0", "1.5", "all"):
         monkeypatch.setenv(FRACTION, text)
         with pytest.raises(UsageError, match="is no number above 0 and up to 1"):

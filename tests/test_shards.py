@@ -13,9 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.case import Case, CaseReport, Outcome
-from harness.errors import UsageError
+from harness.errors import ReportError, UsageError
 from harness.layout import Layout
-from harness.shards import Shard, cases_of_shard, divide, duration_name, recorded_seconds
+from harness.report import to_json, write_report
+from harness.shards import Shard, cases_of_shard, divide, duration_name, recorded_seconds, shard_named
+
+pytest_plugins = ["pytester"]
 
 ROOT = Path(__file__).parent.parent
 NAMES = st.lists(st.text(min_size=1, max_size=8), max_size=40, unique=True)
@@ -39,7 +42,7 @@ def test_every_name_is_in_one_shard_whatever_the_order(
     names: list[str], count: int, data: st.DataObject
 ) -> None:
     timed = data.draw(st.dictionaries(st.sampled_from(names or [""]), st.floats(0, 1e4)))
-    shards = [Shard(number, count).of(names, timed) for number in range(1, count + 1)]
+    shards = [Shard(number, count, timed).of(names) for number in range(1, count + 1)]
     assert Counter(name for shard in shards for name in shard) == Counter(names)
     assert divide(data.draw(st.permutations(names)), count, timed) == divide(names, count, timed)
 
@@ -111,7 +114,123 @@ def test_durations_are_those_of_a_report() -> None:
 
 def test_the_cases_of_a_shard_keep_their_order() -> None:
     cases = [case(f"Qwen/{letter}", recipe) for letter in "ABCDE" for recipe in ("fp8", "nvfp4")]
-    parts = [cases_of_shard(cases, Shard(number, 3), {}) for number in (1, 2, 3)]
+    parts = [cases_of_shard(cases, Shard(number, 3)) for number in (1, 2, 3)]
     assert sorted(len(part) for part in parts) == [3, 3, 4]
     assert all(list(part) == [entry for entry in cases if entry in part] for part in parts)
     assert {entry for part in parts for entry in part} == set(cases)
+
+
+def test_more_shards_than_cases() -> None:
+    cases = [case("Qwen/A"), case("Qwen/B")]
+    empty = next(
+        shard
+        for shard in (Shard(number, 3) for number in (1, 2, 3))
+        if not shard.of(map(duration_name, cases))
+    )
+    with pytest.raises(UsageError, match="has nothing to do: there are 2 cases in all"):
+        cases_of_shard(cases, empty)
+
+
+def test_a_shard_as_it_is_asked_for(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    write_report(report, to_json([CaseReport(case("Qwen/A"), Outcome.PASSED, 3.0)], env={}))
+    assert shard_named(None, None) is None
+    assert shard_named("2/5", None) == Shard(2, 5)
+    assert shard_named("2/5", str(report)) == Shard(2, 5, {"Qwen/A-fp8-tp1": 3.0})
+    with pytest.raises(UsageError, match="--shard-durations balances shards: say which one with --shard"):
+        shard_named(None, str(report))
+    with pytest.raises(ReportError, match="cannot be read"):
+        shard_named("2/5", str(tmp_path / "none.json"))
+
+
+# ---- pytest ----
+
+TESTS = """
+import pytest
+
+@pytest.mark.parametrize("number", range(10))
+def test_one(number):
+    pass
+
+def test_other():
+    pass
+"""
+
+
+@pytest.fixture
+def suite(pytester: pytest.Pytester) -> pytest.Pytester:
+    """Eleven tests, and two presets with two cases each."""
+    pytester.makepyfile(test_many=TESTS)
+    for name in ("A", "B"):
+        path = pytester.path / "presets" / "Qwen" / f"{name}.sh"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("MODEL_ARGS=' --num-layers 2'\n")
+    return pytester
+
+
+def collected(suite: pytest.Pytester, *arguments: str) -> tuple[list[str], pytest.RunResult]:
+    plugins = (
+        "-p",
+        "harness.pytest_plugin",
+        "-p",
+        "no:cacheprovider",
+        "--device",
+        "cpu",
+        "--recipe",
+        "fp8,nvfp4",
+    )
+    result = suite.runpytest_subprocess(*plugins, "--collect-only", "-q", *arguments)
+    return [line for line in result.outlines if "::" in line and " " not in line], result
+
+
+def test_pytest_collects_every_item_in_one_shard(suite: pytest.Pytester) -> None:
+    everything, _ = collected(suite, ".", "presets")
+    assert len(everything) == 11 + 4
+    parts = []
+    for number in (1, 2, 3):
+        part, result = collected(suite, ".", "presets", "--shard", f"{number}/3")
+        assert len(part) == 5
+        result.stdout.fnmatch_lines(["*5/15 tests collected (10 deselected)*"])
+        parts += part
+    assert sorted(parts) == sorted(everything)
+
+
+def test_a_shard_is_of_what_the_other_options_leave(suite: pytest.Pytester) -> None:
+    parts = [collected(suite, "-k", "test_one", "--shard", f"{number}/2")[0] for number in (1, 2)]
+    assert [len(part) for part in parts] == [5, 5]
+
+
+def test_recorded_durations_balance_the_cases(suite: pytest.Pytester) -> None:
+    seconds = {
+        ("Qwen/A", "fp8"): 9.0,
+        ("Qwen/A", "nvfp4"): 1.0,
+        ("Qwen/B", "fp8"): 1.0,
+        ("Qwen/B", "nvfp4"): 1.0,
+    }
+    reports = [CaseReport(case(*name), Outcome.PASSED, value) for name, value in seconds.items()]
+    write_report(suite.path / "report.json", to_json(reports, env={}))
+    arguments = ("presets", "--shard-durations", "report.json", "--shard")
+    parts = [collected(suite, *arguments, f"{number}/2")[0] for number in (1, 2)]
+    assert ["presets/Qwen/A.sh::fp8"] in parts
+
+
+def test_workers_of_xdist_agree(suite: pytest.Pytester) -> None:
+    plugins = ("-p", "harness.pytest_plugin", "-p", "no:cacheprovider", "--device", "cpu")
+    passed = 0
+    for number in (1, 2):
+        result = suite.runpytest_subprocess(*plugins, "-n", "2", "test_many.py", "--shard", f"{number}/2")
+        passed += result.parseoutcomes()["passed"]
+    assert passed == 11
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shard", "3/2"], "*shard '3/2' is not a number and of how many, from 1/5 to 5/5*"),
+        (["--shard", "1/2", "--shard-durations", "none.json"], "*report none.json cannot be read*"),
+    ],
+)
+def test_what_pytest_refuses(suite: pytest.Pytester, arguments: list[str], message: str) -> None:
+    _, result = collected(suite, *arguments)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([message])
