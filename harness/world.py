@@ -156,8 +156,18 @@ def _collected() -> Iterator[None]:
     try:
         yield
     finally:
+        _forget_modules()
         gc.collect()
         gc.unfreeze()
+
+
+def _forget_modules() -> None:
+    """Empty what Megatron remembers by a module of a model: each would hold a group and its three threads."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
+
+    for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
+        embedding.forward.cache_clear()
 
 
 @contextmanager
