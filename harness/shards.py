@@ -97,5 +97,5 @@ def cases_of_shard(cases: Sequence[Case], shard: Shard) -> tuple[Case, ...]:
     """The cases that this shard runs, in their order. Raises UsageError where there is none."""
     kept = shard.of(map(duration_name, cases))
     if not kept:
-        raise UsageError(f"shard {shard} has nothing to do: there are {len(cases)} cases in all")
+        raise UsageError(f"shard {shard} is empty: there are fewer cases than shards ({len(cases)})")
     return tuple(case for case in cases if duration_name(case) in kept)

@@ -127,7 +127,7 @@ def test_more_shards_than_cases() -> None:
         for shard in (Shard(number, 3) for number in (1, 2, 3))
         if not shard.of(map(duration_name, cases))
     )
-    with pytest.raises(UsageError, match="has nothing to do: there are 2 cases in all"):
+    with pytest.raises(UsageError, match=r"shard ./3 is empty: there are fewer cases than shards \(2\)"):
         cases_of_shard(cases, empty)
 
 
