@@ -25,6 +25,7 @@ import torch
 
 from harness.errors import RankLost
 from harness.finding import Finding, Severity
+from harness.host import cores
 from harness.layout import Layout
 from harness.processes import die_with_parent, fork_server, how_it_ended, pin_threads
 from harness.rank import Rank, ranks
@@ -138,7 +139,8 @@ def _difference(wanted: torch.Tensor, found: torch.Tensor) -> float:
 def _every_rank(job: Job, part: Run, device: torch.device, main: RankMain) -> dict[int, _Answer]:
     """What each rank of the layout says, by number; without those that waited for one that stopped."""
     context, own = fork_server(), ranks(job.layout)
-    threads = max(1, len(os.sched_getaffinity(0)) // len(own))
+    # What this process may use, where it has a share, is each rank's already.
+    threads = min(torch.get_num_threads(), max(1, cores() // len(own)))
     with tempfile.TemporaryDirectory(prefix="harness-") as folder, _ended() as processes:
         pipes: dict[int, Connection] = {}
         for rank in own:
