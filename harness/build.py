@@ -234,7 +234,7 @@ def _gpt_model(architecture: Architecture, config: TransformerConfig, layout: La
         config=config,
         transformer_layer_spec=_gpt_spec(architecture, config, layout),
         rope_scaling=architecture.arguments["use_rope_scaling"],
-        **_ends(architecture),
+        **ends(architecture),
         **_stage(),
     )
 
@@ -244,15 +244,19 @@ def _gpt_spec(
 ) -> TransformerBlockSubmodules:
     from megatron.core.post_training.modelopt.gpt.model_specs import get_gpt_modelopt_spec
 
+    return get_gpt_modelopt_spec(config=config, **spec_arguments(architecture, layout))
+
+
+def spec_arguments(architecture: Architecture, layout: Layout) -> dict[str, Any]:
+    """What ModelOpt's function for the layer spec of a GPT model is told beside the config."""
     arguments = architecture.arguments.values
-    return get_gpt_modelopt_spec(
-        config=config,
+    return {
         # Context parallelism needs Transformer Engine's attention, whatever the arguments say.
-        local_core_attention=layout.cp == 1 and arguments["export_force_local_attention"],
-        remap_te_layernorm=True,  # quantize.sh passes --export-te-mcore-model
-        real_quant_cfg=arguments["export_real_quant_cfg"],
-        use_arbitrary_attention_mask=False,
-    )
+        "local_core_attention": layout.cp == 1 and arguments["export_force_local_attention"],
+        "remap_te_layernorm": True,  # quantize.sh passes --export-te-mcore-model
+        "real_quant_cfg": arguments["export_real_quant_cfg"],
+        "use_arbitrary_attention_mask": False,
+    }
 
 
 def _hybrid_model(architecture: Architecture, config: TransformerConfig, layout: Layout) -> HybridModel:
@@ -266,12 +270,12 @@ def _hybrid_model(architecture: Architecture, config: TransformerConfig, layout:
         hybrid_stack_spec=get_hybrid_stack_modelopt_spec(remap_te_layernorm=True),
         # The pattern's own pipeline stages make way for the layout's.
         hybrid_layer_pattern=layer_symbols(pattern) if layout.pp == 1 else pattern,
-        **_ends(architecture),
+        **ends(architecture),
         **_stage(),
     )
 
 
-def _ends(architecture: Architecture) -> dict[str, Any]:
+def ends(architecture: Architecture) -> dict[str, Any]:
     """What both kinds of model are told about their embeddings and output."""
     arguments = architecture.arguments.values
     return {

@@ -250,7 +250,7 @@ def repro(
     from harness.reproduction import rerun
 
     chosen = choose_case(report.read_report(path), case, path)
-    require_file(chosen, path)
+    require_file(chosen.case, path)
     if script is not None:
         report.require_writable(script)
     result, text = rerun.again(chosen, rerun.Wanted(pdb, reduce, script, full_width), _width(json_))

@@ -73,7 +73,7 @@ class Differences:
 
 def differences(case: Case) -> Differences:
     """Everything in which the preset of ``case`` differs from its reference. Raises UsageError."""
-    words = _words(Path(case.path))
+    words = words_of(Path(case.path))
     flags, _ = parse_flags(words)
     arguments, _ = resolve(flags)
     facts, _ = facts_beside(Path(case.path))
@@ -96,7 +96,8 @@ def differences(case: Case) -> Differences:
     return Differences(tuple(words), tuple(changes.values()), tuple(references), path)
 
 
-def _words(path: Path) -> list[Word]:
+def words_of(path: Path) -> list[Word]:
+    """The words that a preset hands to Megatron. Raises UsageError where there are none."""
     with path.open("rb") as stream:
         script = read_script(stream.read(MAX_BYTES + 1), environment=SET_BEFORE)
     if is_overlay(script.variables):
@@ -227,7 +228,7 @@ def _catalogue(case: Case) -> PresetFile | None:
 
 
 def _of_another(words: Sequence[Word], flags: Sequence[Flag], other: PresetFile) -> Iterator[Change]:
-    theirs, _ = parse_flags(_words(other.path))
+    theirs, _ = parse_flags(words_of(other.path))
     ours = {flag.dest: flag for flag in flags}
     wanted = {flag.dest: flag for flag in theirs}
     for dest in dict.fromkeys((*ours, *wanted)):

@@ -9,15 +9,15 @@ from harness.case import Case, CaseReport, Outcome
 from harness.errors import UsageError
 
 
-def choose_case(reports: Sequence[CaseReport], words: str | None, source: Path) -> Case:
-    """The case that ``words`` name, or the only one that did not pass. Raises UsageError."""
-    bad = [entry.case for entry in reports if entry.outcome in (Outcome.FAILED, Outcome.ERROR)]
+def choose_case(reports: Sequence[CaseReport], words: str | None, source: Path) -> CaseReport:
+    """The report of the case that ``words`` name, or the only one that did not pass. Raises UsageError."""
+    bad = [entry for entry in reports if entry.outcome in (Outcome.FAILED, Outcome.ERROR)]
     if words is None:
         found, what = bad, "failed"
     else:
-        parts, every = words.lower().split(), [entry.case for entry in reports]
-        exact = [entry for entry in every if entry.name.lower() == words.lower()]
-        matching = [entry for entry in every if all(part in entry.name.lower() for part in parts)]
+        parts = words.lower().split()
+        exact = [entry for entry in reports if entry.case.name.lower() == words.lower()]
+        matching = [r for r in reports if all(part in r.case.name.lower() for part in parts)]
         found, what = exact or [entry for entry in matching if entry in bad] or matching, f"match {words!r}"
     if len(found) == 1:
         return found[0]
@@ -25,7 +25,7 @@ def choose_case(reports: Sequence[CaseReport], words: str | None, source: Path) 
         raise UsageError(
             f"no case of {source} {'matches' if words else what}" + (f" {words!r}" if words else "")
         )
-    listed = "\n".join(f"  {entry.name}" for entry in found)
+    listed = "\n".join(f"  {entry.case.name}" for entry in found)
     raise UsageError(f"{len(found)} cases of {source} {what}; name one of them:\n{listed}")
 
 

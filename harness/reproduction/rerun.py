@@ -25,8 +25,12 @@ class Wanted:
     full_width: bool = False
 
 
-def again(case: Case, wanted: Wanted, width: int | None) -> tuple[CaseReport, str]:
-    """The new report and the text on it. Raises UsageError for what cannot be done with this case."""
+def again(before: CaseReport, wanted: Wanted, width: int | None) -> tuple[CaseReport, str]:
+    """The new report of a case and the text on it. Raises UsageError for what cannot be done with this case.
+
+    Where its process died the last time, the script is written first, of what the report says.
+    """
+    case = before.case
     if wanted.full_width and (wanted.reduce or wanted.script):
         raise UsageError(
             "--full-width goes with --pdb alone: --reduce and --script work on the case as it is"
@@ -35,19 +39,28 @@ def again(case: Case, wanted: Wanted, width: int | None) -> tuple[CaseReport, st
         raise UsageError(
             "--pdb: the ranks of --ranks real are processes of their own, out of a debugger's reach"
         )
-    witness = Debugger() if wanted.pdb else Witness()
+    texts = []
+    script = wanted.script
+    if script is not None and before.outcome is Outcome.ERROR:
+        texts, script = [_script(before, script)], None
+    failed_in = [stage.name for stage in before.stages if stage.outcome is Outcome.FAILED]
+    witness = Debugger(failed_in[-1] if failed_in else "") if wanted.pdb else Witness()
     report = safely(partial(pipeline.check, watch=witness, full_width=wanted.full_width), case)
-    texts = [messages.stages_text(report), *map(trace_text, witness.passes)]
+    texts += [messages.stages_text(report), *map(trace_text, witness.passes)]
     failed = report.outcome in (Outcome.FAILED, Outcome.ERROR)
-    if wanted.script is not None and failed:
-        from harness.reproduction.script import write_script
-
-        texts.append(write_script(report, wanted.script))
+    if script is not None and failed:
+        texts.append(_script(report, script))
     if wanted.reduce and failed:
         texts.append(reduction_text(reduce(report, _one_trial(report))))
     if not failed and (wanted.reduce or wanted.script):
         texts.append("the case does not fail here: there is nothing to reduce or to write a script of")
     return report, "\n\n".join([*texts, messages.full_text([report], width)])
+
+
+def _script(report: CaseReport, path: Path) -> str:
+    from harness.reproduction.script import write_script
+
+    return write_script(report, path)
 
 
 def _one_trial(report: CaseReport) -> partial[CaseReport]:

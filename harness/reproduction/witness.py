@@ -54,14 +54,16 @@ def _of_one_batch(
 
 
 class Debugger(Witness):
-    """Opens pdb wherever a stage fails: at the exception where one was raised, else at the end of the stage.
+    """Opens pdb where a stage fails: at the exception where one was raised, else at the end of the stage.
 
-    ``continue`` goes on to the next stage that fails, ``quit`` runs to the end. Standard input and output
+    Where nothing is raised, ``stage`` is the one to stop in, or every one where it is empty. ``continue`` goes
+    on to the next stop, ``quit`` runs to the end. Standard input and output
     are the terminal's, as those of the process are captured while a case runs.
     """
 
-    def __init__(self, stdin: TextIO | None = None, stdout: TextIO | None = None) -> None:
+    def __init__(self, stage: str = "", stdin: TextIO | None = None, stdout: TextIO | None = None) -> None:
         super().__init__()
+        self._stage = stage
         self._stdin, self._stdout = stdin or sys.stdin, stdout or sys.stdout
         self._quitting = False
         self._stopped_in: Stage | None = None
@@ -72,7 +74,7 @@ class Debugger(Witness):
 
     def ended(self, stage: Stage) -> None:
         errors = [finding for finding in stage.findings if finding.is_error]
-        if errors and self._stopped_in is not stage:
+        if errors and self._stopped_in is not stage and self._stage in ("", stage.name):
             self._open(f"{stage.name}: {errors[0].message}", _caller(), None)
 
     def _open(self, why: str, frame: FrameType | None, error: TracebackType | None) -> None:

@@ -268,10 +268,11 @@ STAND_INS: tuple[StandIn, ...] = (
 
 def records(device: torch.device, architecture: Architecture | None = None) -> tuple[StandInReport, ...]:
     """What would be replaced on ``device``, for a case of ``architecture`` or for any."""
-    return tuple(row.record for row in _rows(device, architecture))
+    return tuple(row.record for row in rows_of(device, architecture))
 
 
-def _rows(device: torch.device, architecture: Architecture | None) -> tuple[StandIn, ...]:
+def rows_of(device: torch.device, architecture: Architecture | None) -> tuple[StandIn, ...]:
+    """What ``device`` lacks of all that ``architecture``, or any, needs."""
     return tuple(
         row
         for row in STAND_INS
@@ -289,7 +290,7 @@ def installed(
     Enter it before ``open_world``; a model built inside must not outlive it.
     """
     import_foreign()
-    rows = _rows(device, architecture)  # before anything is replaced: a row may look for the real thing
+    rows = rows_of(device, architecture)  # before anything is replaced: a row may look for the real thing
     with ExitStack() as stack:
         for row in rows:
             stack.enter_context(row.install())
