@@ -15,6 +15,7 @@ Interrupted             SIGINT or SIGTERM: exit code 130 or 143
 
 from __future__ import annotations
 
+import errno
 import signal
 from typing import TYPE_CHECKING
 
@@ -76,3 +77,14 @@ class Interrupted(BaseException):
         super().__init__(signal.Signals(signum).name)
         self.exit_code = 128 + signum
         self.reports: tuple[CaseReport, ...] = ()
+
+
+# The words of torch's allocators where there is no memory; on the CPU it is a RuntimeError like any other.
+_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that this machine has no more memory, which is no fault of a preset."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)

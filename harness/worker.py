@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.case import Case, CaseReport, Outcome, StandInReport
 from harness.devices import Share
-from harness.errors import UsageError
+from harness.errors import UsageError, out_of_memory
 from harness.processes import die_with_parent, how_it_ended, pin_threads
 from harness.report import result_from_json, result_to_json, stand_ins
 from harness.stacks import has_stack, recent_last
@@ -93,6 +94,8 @@ class Worker:
             except (EOFError, OSError):
                 return self._lost(case, child)
             if message is not None:
+                if message["spent"]:
+                    self.end()
                 return self._done(_received(message, case))
             self._began = monotonic()
             self.deadline = None if self._timeout is None else self._began + self._timeout
@@ -225,7 +228,7 @@ def _work(messages: Connection, output: Connection, check: Check, share: Share) 
         faulthandler.cancel_dump_traceback_later()
         # As JSON: a record may hold a value of torch's, and the parent has no torch.
         stood_in = [(r.target, r.replacement, r.reason) for r in stand_ins([report])]
-        answer = {"result": result_to_json(report), "stand_ins": stood_in}
+        answer = {"result": result_to_json(report), "stand_ins": stood_in, "spent": _spent(case)}
         messages.send_bytes(json.dumps(answer).encode())
 
 
@@ -235,6 +238,18 @@ def _received_cases(messages: Connection) -> Iterator[tuple[Case, float | None]]
             yield messages.recv()
         except EOFError:
             return
+
+
+def _spent(case: Case) -> bool:
+    """Whether this process is of no use to other cases: a fault on a GPU leaves its CUDA context in ruins."""
+    torch = sys.modules.get("torch")
+    if not case.device.startswith("cuda") or torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:  # the fault itself is in the report of the case
+        return True
+    return False
 
 
 def limit_memory(size: int) -> None:
@@ -250,11 +265,12 @@ def limit_memory(size: int) -> None:
 
 
 def safely(check: Check, case: Case) -> CaseReport:
-    """The report of a case, also where it could not be checked at all."""
+    """The report of a case, also where it could not be checked at all, or not with the memory there is."""
     try:
         return check(case)
     except UsageError as error:
         return CaseReport(case, Outcome.ERROR, 0.0, reason=str(error))
     except Exception as error:
-        reason = f"the harness failed: {type(error).__name__}: {error}"
+        words = f"{type(error).__name__}: {error}".removesuffix(": ")
+        reason = f"{'out of memory' if out_of_memory(error) else 'the harness failed'}: {words}"
         return CaseReport(case, Outcome.ERROR, 0.0, reason=reason, log=traceback.format_exc())

@@ -1,0 +1,208 @@
+"""Bad days: cases that crash, exit, hang, run out of memory or raise, among good ones, as users run them.
+
+The good ones are checked by a check without torch too, as what matters here is the processes around them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from harness.report import read_report
+
+ROOT = Path(__file__).parent.parent
+
+# What a case does, by the name of its preset; importable as a module by every process of the run.
+PLAY = """
+import ctypes, mmap, os, sys, time
+from pathlib import Path
+from harness import pytest_workers, pipeline
+from harness.case import CaseReport, Outcome
+
+FILE = Path(__file__).with_name("imported")
+
+def hang_in_c():
+    ctypes.PyDLL(None).sleep(600)  # with the interpreter locked: no signal handler of Python's runs
+
+def play(case):
+    action = case.preset.partition("/")[2].partition("-")[0]
+    if action == "segfault":
+        ctypes.string_at(0)
+    if action == "abort":
+        os.abort()
+    if action == "exit":
+        os._exit(3)
+    if action == "quit":
+        sys.exit(4)
+    if action == "killed":
+        os.kill(os.getpid(), 9)
+    if action == "hang":
+        time.sleep(600)
+    if action == "stuck":
+        hang_in_c()
+    if action == "memory":
+        blocks = []
+        while True:  # reserved and never touched: only a limit stops it, and nobody else has less
+            blocks.append(mmap.mmap(-1, 1 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    if action == "raise":
+        raise KeyError("x")
+    return CaseReport(case, Outcome.PASSED, 0.0)
+
+pipeline.check, pytest_workers.PRELOAD = play, ("preloaded",)
+"""
+
+PRELOADED = """
+import os
+with open(os.path.join(os.path.dirname(__file__), "imported"), "a") as stream:
+    stream.write(f"{os.getpid()}\\n")
+"""
+
+CONFTEST = """
+import play, sys
+
+def pytest_sessionfinish(session):
+    assert "torch" not in sys.modules, "torch was imported"
+"""
+
+DRIVER = """
+import functools
+import play
+from harness import cli, runner
+
+if __name__ == "__main__":
+    runner.run_cases = functools.partial(runner.run_cases, check=play.play, preload=("preloaded",))
+    cli.main()
+"""
+
+REASONS = {
+    "segfault": "the worker was killed by SIGSEGV",
+    "abort": "the worker was killed by SIGABRT",
+    "exit": "the worker exited with code 3",
+    "quit": "the worker exited with code 4",
+    "killed": "the worker was killed by SIGKILL, as happens when memory runs out",
+    "hang": "timed out after 2 s",
+    "stuck": "timed out after 2 s",
+    "memory": "out of memory: OSError: [Errno 12] Cannot allocate memory",
+    "raise": "the harness failed: KeyError: 'x'",
+}
+# Where the log must end: the place in the case.
+PLACES = {"segfault": "in play", "abort": "in play", "hang": "in play", "stuck": "in hang_in_c"}
+GOOD = [f"good-{number}" for number in range(2 * len(REASONS))]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """``presets/Org`` with every bad case between two good ones, and what plays them."""
+    files = {"play.py": PLAY, "preloaded.py": PRELOADED, "conftest.py": CONFTEST, "drive.py": DRIVER}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    folder = tmp_path / "presets" / "Org"
+    folder.mkdir(parents=True)
+    for name in [*GOOD, *REASONS]:
+        (folder / f"{name}.sh").write_text("MODEL_ARGS=' --num-layers 2'\n")
+    return tmp_path
+
+
+def session(leader: int) -> list[str]:
+    """The command lines of the processes of a session that live."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            state, _, _, sid = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            if entry.name.isdigit() and int(sid) == leader and state != "Z":
+                found.append((entry / "cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue
+    return found
+
+
+def wait_until_empty(leader: int) -> list[str]:
+    deadline = time.monotonic() + 10
+    while (left := session(leader)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Start a process in a session of its own; whatever a failing test leaves of it is ended."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTHONPATH", f"{tree}{os.pathsep}{ROOT}")
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*command: str | Path) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=tree,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if session(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def pytest_command(*more: str) -> list[str]:
+    plugins = ["-p", "harness.pytest_plugin", "-p", "xdist", "-p", "no:cacheprovider"]
+    options = ["--recipe", "fp8", "--device", "cpu", "--case-timeout", "2"]
+    return ["-m", "pytest", *plugins, "presets", *options, *more]
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["one", "xdist"])
+def test_under_pytest_each_bad_case_fails_alone_with_its_reason(
+    start: Start, tree: Path, workers: tuple[str, ...]
+) -> None:
+    began = time.monotonic()
+    process = start(*pytest_command(*workers, "-rfE"))
+    out, _ = process.communicate(timeout=90)
+    assert time.monotonic() - began < 60
+    assert f"{len(REASONS)} failed, {len(GOOD)} passed" in out.splitlines()[-1]
+    blocks = {name: out.partition(f"\nOrg/{name}  ")[2].partition("  again: ")[0] for name in REASONS}
+    for name, reason in REASONS.items():
+        lines = blocks[name].splitlines()
+        assert lines[0] == reason
+        if name in PLACES:
+            assert any(line.endswith(PLACES[name]) for line in lines[-3:]), lines
+    assert "node down" not in out  # no worker of xdist was lost
+    assert wait_until_empty(process.pid) == []
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_harness_check_reports_each_bad_case_with_its_reason(start: Start, tree: Path, jobs: int) -> None:
+    began = time.monotonic()
+    options = ["--recipe", "fp8", "--device", "cpu", "--timeout", "2", "--jobs", str(jobs)]
+    process = start("drive.py", "check", "--presets", "presets", *options, "--json", "report.json")
+    out, _ = process.communicate(timeout=90)
+    assert time.monotonic() - began < 60
+    assert process.returncode == 2, out
+    reports = {report.case.preset.partition("/")[2]: report for report in read_report(tree / "report.json")}
+    assert {name: reports[name].reason for name in REASONS} == REASONS
+    for name, place in PLACES.items():
+        assert any(line.endswith(place) for line in reports[name].log.splitlines()[-3:]), reports[name].log
+    assert {reports[name].outcome for name in GOOD} == {"passed"}
+    assert "leaked" not in out
+    assert wait_until_empty(process.pid) == []
+
+
+def test_what_is_slow_to_import_is_imported_once_a_machine(start: Start, tree: Path) -> None:
+    process = start(*pytest_command("-n", "3", "-k", "good"))
+    out, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, out
+    assert len((tree / "imported").read_text().splitlines()) == 1
