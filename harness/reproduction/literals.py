@@ -71,7 +71,9 @@ class ConfigText:
     afterwards: Mapping[str, str]
 
 
-def config_text(arguments: Arguments, layout: Layout, device: torch.device) -> ConfigText:
+def config_text(
+    arguments: Arguments, layout: Layout, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> ConfigText:
     """The config that ``transformer_config`` makes of ``arguments``, also where Megatron refuses it.
 
     Raises what was raised before the config's class was called.
@@ -82,7 +84,7 @@ def config_text(arguments: Arguments, layout: Layout, device: torch.device) -> C
     kind: Any = MLATransformerConfig if arguments["multi_latent_attention"] else TransformerConfig
     with _recorded(kind) as seen:
         try:
-            config = transformer_config(arguments.values, layout, device)
+            config = transformer_config(arguments.values, layout, device, dtype)
         except Exception:
             if not seen:
                 raise

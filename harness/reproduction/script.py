@@ -11,7 +11,9 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from harness.build import ends, spec_arguments
 from harness.calibration import Calibration
@@ -27,6 +29,9 @@ from harness.reproduction.subject import Subject, subject_of
 from harness.standins import StandIn, rows_of
 from harness.trace import BATCH_SIZE, sequence_length
 
+if TYPE_CHECKING:
+    from harness.parity.twin import Twin
+
 # Stand-ins that only a quantized model needs, by the module that has them, and the word in the recipe's
 # config without which it does not.
 _OF_QUANTIZERS = {
@@ -39,6 +44,7 @@ _OF_QUANTIZERS = {
 }
 
 
+_DTYPES = {str(dtype): dtype for dtype in (torch.bfloat16, torch.float32)}
 _SPECS = "megatron.core.post_training.modelopt"
 
 
@@ -68,7 +74,7 @@ def _program(subject: Subject) -> Iterator[str]:
         return
     device = torch_device(case.device)
     try:
-        text = config_text(subject.arguments, subject.layout, device)
+        text = config_text(subject.arguments, subject.layout, device, _DTYPES[subject.dtype])
     except Exception as error:  # Megatron's, of any kind
         said = f"{type(error).__name__}: {error}"
         raise UsageError(f"{case.name}: Megatron's reading of the flags made no config: {said}") from error
@@ -81,6 +87,8 @@ def _program(subject: Subject) -> Iterator[str]:
         yield _table("MODEL", {name: literal(value) for name, value in ends(subject.model).items()})
     recipe = find_recipe(case.recipe) if "quantize" in subject.steps and case.recipe != PARITY else None
     config = without_folders(recipe.to_config()) if recipe else None
+    if subject.twin is not None:
+        yield from _twin(subject.twin)
     if config is not None:
         yield f"# {case.recipe}\nRECIPE = {_pretty(config)}\n"
     yield "\n".join(_main(subject, text))
@@ -116,6 +124,9 @@ def _imports(subject: Subject, text: ConfigText) -> Iterator[str]:
         yield "from megatron.core.models.gpt import GPTModel"
         yield f"from {_SPECS}.gpt.model_specs import get_gpt_modelopt_spec"
     yield f"from megatron.core.transformer import {text.kind}"
+    if subject.twin is not None:
+        yield "import tempfile\n\nimport transformers"
+        yield "from modelopt.torch.export import import_mcore_gpt_from_hf"
     if "quantize" in subject.steps:
         yield "import modelopt.torch.quantization as mtq"
         yield "from modelopt.torch.quantization.nn import TensorQuantizer"
@@ -141,6 +152,8 @@ def _main(subject: Subject, text: ConfigText) -> Iterator[str]:
         lines += _forward(subject, device)
     if "quantize" in subject.steps:
         lines += _quantize(subject, device)
+    if subject.twin is not None:
+        lines += _parity(subject, subject.twin)
     lines += subject.end
     yield from (f"        {line}" for line in lines)
     yield ""
@@ -208,13 +221,9 @@ def _build(subject: Subject, device: str) -> Iterator[str]:
     yield "    pre_process=parallel_state.is_pipeline_first_stage(),"
     yield "    post_process=parallel_state.is_pipeline_last_stage(),"
     yield ")"
-    yield f'model = model.to("{device}", torch.bfloat16).eval()'
+    yield f'model = model.to("{device}", {subject.dtype}).eval()'
     if not subject.meta:
-        yield "with torch.no_grad():"
-        yield "    for parameter in model.parameters():"
-        yield "        # Matrices keep the size of what goes through them, vectors are about one."
-        yield "        wide = parameter.dim() > 1"
-        yield "        parameter.normal_(0.0 if wide else 1.0, parameter.shape[-1] ** -0.5 if wide else 0.1)"
+        yield "fill(model)"
 
 
 def _forward(subject: Subject, device: str) -> Iterator[str]:
@@ -237,6 +246,52 @@ def _quantize(subject: Subject, device: str) -> Iterator[str]:
     yield "logits = forward(model, tokens)"
 
 
+def _twin(twin: Twin) -> Iterator[str]:
+    """The tiny Hugging Face model. Raises UsageError where ModelOpt's importer has no rules for it."""
+    from modelopt.torch.export.plugins.mcore_common import all_mcore_hf_import_mapping
+
+    if twin.architecture not in all_mcore_hf_import_mapping:
+        raise UsageError(
+            f"ModelOpt's importer has no rules for {twin.architecture}: there is nothing to show"
+        )
+    config = {key: value for key, value in twin.config.items() if key not in ("architectures", "torch_dtype")}
+    yield f"# The published model in small.\nPUBLISHED = {_pretty(config)}\n"
+
+
+def _parity(subject: Subject, twin: Twin) -> Iterator[str]:
+    """Every number of the model is none before, so that what is none afterwards was not filled."""
+    model, device = subject.model, subject.case.device
+    assert model is not None
+    yield "published_config = transformers.AutoConfig.for_model(**PUBLISHED)"
+    yield 'published_config._attn_implementation = "eager"'
+    yield f"published = transformers.{twin.architecture}(published_config).float().eval()"
+    yield "fill(published)"
+    yield "with torch.no_grad():"
+    yield "    for parameter in model.parameters():"
+    yield '        parameter.fill_(float("nan"))'
+    yield "with tempfile.TemporaryDirectory() as folder:"
+    yield "    published.save_pretrained(folder)"
+    yield "    import_mcore_gpt_from_hf(model, folder, dtype=torch.float32)"
+    yield "empty = [name for name, one in model.named_parameters() if bool(torch.isnan(one).any())]"
+    yield 'assert not empty, f"the importer fills nothing into {empty[0]}"'
+    tokens = f"(2, {sequence_length(model)})"
+    yield f'tokens = torch.randint({model.padded_vocab_size}, {tokens}).to("{device}")'
+    yield "with torch.no_grad():"
+    yield f'    wanted = published.to("{device}")(input_ids=tokens, use_cache=False).logits'
+    yield "logits = forward(model, tokens)"
+    yield "relative = float((logits - wanted).abs().max() / wanted.abs().max())"
+    yield 'assert relative <= 1e-4, f"the logits differ by {relative:.2g}"'
+
+
+_FILL = '''
+def fill(model: torch.nn.Module) -> None:
+    """Matrices keep the size of what goes through them, vectors are about one."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            wide = parameter.dim() > 1
+            parameter.normal_(0.0 if wide else 1.0, parameter.shape[-1] ** -0.5 if wide else 0.1)
+
+'''
 _FORWARD = '''
 def forward(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     """Logits of token ids [batch, sequence]: positions from zero, and a causal mask."""
@@ -279,7 +334,9 @@ def quantizers(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _helpers(subject: Subject) -> Iterator[str]:
-    if "forward" in subject.steps:
+    if "build" in subject.steps and not subject.meta:
+        yield _FILL
+    if "forward" in subject.steps or subject.twin is not None:
         yield _FORWARD
     if "quantize" in subject.steps:
         yield _QUANTIZERS

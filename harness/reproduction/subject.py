@@ -10,11 +10,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.architecture import Architecture, NotAModel, architecture
 from harness.arguments import Arguments, flag_for
-from harness.case import Case, CaseReport, Outcome
+from harness.case import PARITY, Case, CaseReport, Outcome
 from harness.errors import UsageError
 from harness.facts import facts_beside
 from harness.families import Expectation, Reads, expectations
@@ -27,7 +27,11 @@ from harness.reference import shown_value
 from harness.small_model import layout_of_plan, shrink_stage
 from harness.stages import Run
 
-STEPS = ("parser", "config", "build", "forward", "quantize")
+if TYPE_CHECKING:
+    from harness.parity.twin import Twin
+    from harness.shrink import ShrinkPlan
+
+STEPS = ("parser", "config", "build", "forward", "quantize", "parity")
 
 # Shapes that a program compares: the first of them say what is wrong.
 _MOST_SHAPES = 8
@@ -49,6 +53,12 @@ class Subject:
     model: Architecture | None = None
     meta: bool = False
     words: tuple[str, ...] = ()
+    twin: Twin | None = None
+
+    @property
+    def dtype(self) -> str:
+        """In which the model is built, as torch writes it."""
+        return "torch.float32" if self.twin is not None else "torch.bfloat16"
 
 
 def subject_of(report: CaseReport) -> Subject:
@@ -74,10 +84,15 @@ def _arguments(case: Case) -> Arguments:
 
 def _small(case: Case) -> tuple[Architecture, Layout]:
     """The plan's model and the layout that its layers have."""
+    plan = _plan(case)
+    return plan.after, layout_of_plan(plan, case.layout)
+
+
+def _plan(case: Case) -> ShrinkPlan:
     plan = shrink_stage(Run(), full_size(PresetFile(case.preset, Path(case.path))), case.layout)
     if plan is None:
         raise UsageError(f"{case.name}: there is no plan, and so no small model to show it with")
-    return plan.after, layout_of_plan(plan, case.layout)
+    return plan
 
 
 # ---- what Megatron's parser refuses ----
@@ -264,7 +279,17 @@ def _was_raised(finding: Finding) -> bool:
 
 
 def _parity(report: CaseReport, errors: Sequence[Finding]) -> Subject:
-    raise UsageError(f"{errors[0].message}: there is no script of a comparison with Hugging Face's model")
+    """The tiny Hugging Face model, ModelOpt's import of it, and both of their logits."""
+    from harness.parity.settings import completed
+    from harness.parity.twin import twin
+
+    case, what, plan = report.case, errors[0].message, _plan(report.case)
+    facts, _ = facts_beside(Path(case.path))
+    if facts is None or case.recipe != PARITY:
+        raise UsageError(f"{what}: there is no script of an export")
+    small = twin(completed(facts, plan.before.arguments)[0], plan)
+    arguments, steps = plan.after.arguments, ("config", "build", "parity")
+    return Subject(case, what, arguments, Layout(), steps, model=plan.after, twin=small)
 
 
 _ENDS: Mapping[str, Callable[[CaseReport, Sequence[Finding]], Subject]] = {

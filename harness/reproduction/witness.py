@@ -56,8 +56,8 @@ def _of_one_batch(
 class Debugger(Witness):
     """Opens pdb where a stage fails: at the exception where one was raised, else at the end of the stage.
 
-    Where nothing is raised, ``stage`` is the one to stop in, or every one where it is empty. ``continue`` goes
-    on to the next stop, ``quit`` runs to the end. Standard input and output
+    Where nothing is raised, ``stage`` is the one to stop in, or every one where it is empty. ``continue``
+    goes on to the next stop, ``quit`` runs to the end. Standard input and output
     are the terminal's, as those of the process are captured while a case runs.
     """
 
