@@ -5,16 +5,20 @@ No machine of ours has eight GPUs or a split one: ``Nvml`` stands for the librar
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
 import pynvml
 import pytest
+import typer
 
-from harness import gpus, host
+from harness import cli, gpus, host, runner
+from harness.case import Case, CaseReport, Outcome
 from harness.devices import (
     CONTEXT_BYTES,
     FRACTION,
@@ -30,6 +34,8 @@ from harness.devices import (
 )
 from harness.errors import DeviceUnavailable, UsageError
 from harness.gpus import GIB, Gpu, visible_gpus
+from harness.layout import Layout
+from harness.runner import run_cases
 
 ROOT = Path(__file__).parent.parent
 
@@ -414,6 +420,45 @@ def test_the_shares_of_this_machine(machine: Nvml, monkeypatch: pytest.MonkeyPat
     assert rank_count("cuda:0") == 1
 
 
+# ---- workers with their shares ----
+
+
+def tell(case: Case) -> CaseReport:
+    """What a worker was given, by the name of each variable."""
+    told = [os.environ.get(name, "-") for name in ("CUDA_VISIBLE_DEVICES", FRACTION, "OMP_NUM_THREADS")]
+    return CaseReport(case, Outcome.PASSED, 0.0, reason=" ".join(told))
+
+
+def cases(count: int) -> list[Case]:
+    return [Case(f"Org/{number}", "a.sh", "fp8", Layout(), "cuda:0") for number in range(count)]
+
+
+def test_two_gpus_are_both_used(machine: Nvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.cards = [Card("GPU-aa11"), Card("GPU-ab22", free=40.5)]
+    monkeypatch.setattr(host, "cores", lambda: 4)
+    reports = run_cases(cases(4), worker_shares("cuda", 2), 60.0, check=tell, preload=())
+    given = {f"GPU-aa11 {79.5 / 80:.6f} 2", f"GPU-ab22 {40 / 80:.6f} 2"}
+    assert {report.reason for report in reports} == given, [report.log for report in reports]
+
+
+def test_check_plans_its_workers_over_every_gpu(machine: Nvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.cards = [Card("GPU-aa11"), Card("GPU-ab22")]
+    given: list[Sequence[Share]] = []
+
+    def run(cases: Sequence[Case], jobs: Sequence[Share], *rest: object) -> list[CaseReport]:
+        given.append(jobs)
+        return [CaseReport(case, Outcome.PASSED, 0.0) for case in cases]
+
+    monkeypatch.setattr(runner, "run_cases", run)
+    for jobs, entries in (("auto", {"GPU-aa11", "GPU-ab22"}), ("1", {"GPU-aa11"})):
+        with pytest.raises(typer.Exit) as ended:
+            cli.check(["Qwen3-8B", "Qwen3-0.6B"], jobs=jobs, presets=ROOT / "presets")
+        assert ended.value.exit_code == 0
+        assert {share.entry for share in given[-1]} == entries
+    with pytest.raises(UsageError, match="90 workers do not fit, 80 would"):
+        cli.check(None, jobs="90", presets=ROOT / "presets")
+
+
 # ---- the cap, in a case ----
 
 
@@ -443,15 +488,58 @@ def test_a_case_may_allocate_its_workers_share(monkeypatch: pytest.MonkeyPatch) 
             torch_device("cuda:0")
 
 
-@pytest.mark.gpu
-def test_cuda_sees_what_nvml_was_said_to_show() -> None:
-    import torch
+COUNT = """
+import ctypes
+cuda, number = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+print(number.value if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(number)) else number.value)
+"""
 
-    if not torch.cuda.is_available():
+
+@pytest.fixture
+def gpu() -> Gpu:
+    """The first GPU of this machine."""
+    found = visible_gpus().gpus
+    if not found:
         pytest.skip("needs a CUDA device")
-    code = "import torch; print(torch.cuda.device_count())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) == rank_count("cuda:0")
+    return found[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "form", ["", "0", "-1", "0,0", "0,9", "9", "0gpu", ",0", "UUID", "UUI", "UUID,UUID", "no"]
+)
+def test_the_driver_reads_the_variable_as_we_do(gpu: Gpu, form: str) -> None:
+    uuid = gpus.read_boards()[0].uuid
+    variable = form.replace("UUID", uuid).replace("UUI", uuid[:-4])
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": variable}
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT], env=environment, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) == len(visible_gpus(environment).gpus)
+
+
+CAPPED = """
+import torch
+from harness.devices import torch_device
+device = torch_device("cuda:0")
+torch.empty(1 << 20, device=device)
+try:
+    torch.empty(torch.cuda.get_device_properties(device).total_memory // 4, dtype=torch.uint8, device=device)
+except torch.cuda.OutOfMemoryError:
+    print("capped")
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("fraction", "told"), [("0.1", "capped"), ("0.9", "")])
+def test_a_worker_cannot_take_more_than_its_share(gpu: Gpu, fraction: str, told: str) -> None:
+    if gpu.free < gpu.total // 2:
+        pytest.skip("needs a GPU that is half free")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu.entry, FRACTION: fraction}
+    done = subprocess.run(
+        [sys.executable, "-c", CAPPED], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == told
 
 
 def test_asking_imports_no_torch() -> None:
