@@ -120,13 +120,39 @@ class ShrinkReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Size:
+    """One size and the flag that makes it; ``small`` is the tiny model's, where that is built and another.
+
+    ``published`` is None where it is the same, or not known.
+    """
+
+    flag: str
+    line: int | None
+    value: str
+    small: str | None = None
+    published: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """The first module where shapes part: what it has, takes and gives, in words, with what was expected
+    beside it; and the sizes around it. In shapes, ``s`` counts the tokens of a sequence and ``b`` sequences.
+    """
+
+    module: str
+    shapes: tuple[tuple[str, str], ...]
+    sizes: tuple[Size, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class CaseReport:
     """What happened to one case.
 
     ``reason`` says why it was skipped, whose limit it is that it is unsupported and in which words, or what
     the harness failed on.
 
-    ``log`` is what Megatron and ModelOpt printed, kept for a case that did not pass.
+    ``log`` is what Megatron and ModelOpt printed, kept for a case that did not pass; ``mismatch`` the first
+    module whose shapes are wrong, where some are.
     """
 
     case: Case
@@ -138,3 +164,4 @@ class CaseReport:
     shrink: ShrinkReport | None = None
     reason: str = ""
     log: str = ""
+    mismatch: Mismatch | None = None

@@ -40,6 +40,7 @@ from harness.selection import (
     runnable,
 )
 from harness.shards import cases_of_shard, shard_named
+from harness.step_summary import write_step_summary
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -224,7 +225,9 @@ def check(
     start = perf_counter()
     with _progress(len(cases)) as on_done:
         reports = run_cases(cases, workers, timeout or None, on_done)
-    _finish(messages.full_text(reports, _width(json_), perf_counter() - start), reports, json_, found)
+    seconds = perf_counter() - start
+    write_step_summary(reports, seconds)
+    _finish(messages.full_text(reports, _width(json_), seconds), reports, json_, found)
 
 
 @app.command()

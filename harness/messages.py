@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from harness.case import CaseReport, Outcome, StandInReport
+from harness.case import CaseReport, Mismatch, Outcome, Size, StandInReport
 from harness.finding import Finding
 from harness.report import stand_ins
 
@@ -158,8 +158,28 @@ def _body(report: CaseReport) -> Iterator[str]:
         stages = ", ".join(dict.fromkeys(finding.stage for finding in errors))
         yield f"{preset}  {report.reason or f'failed in {stages}'}"
     yield from (f"  {finding_text(finding, path)}" for finding in errors if finding is not headline)
+    if report.mismatch is not None:
+        yield from _mismatch(report.mismatch, path)
     if report.outcome is Outcome.ERROR and report.log:
         yield from (f"  | {line}".rstrip() for line in report.log.splitlines()[-_LOG_LINES:])
+
+
+def _mismatch(mismatch: Mismatch, path: str) -> Iterator[str]:
+    """The module, its shapes a line each, and the sizes around it, those that are wrong first."""
+    wrong = any("published" in text or "expected" in text for _, text in mismatch.shapes)
+    yield f"  {'shapes part at' if wrong else 'at'} {mismatch.module.removeprefix('decoder.')}"
+    width = max((len(word) for word, _ in mismatch.shapes), default=0)
+    yield from (f"    {word.ljust(width)}  {text}" for word, text in mismatch.shapes)
+    sizes = sorted(mismatch.sizes, key=lambda size: size.published is None)
+    yield from (f"    {_size(size, path)}" for size in sizes)
+
+
+def _size(size: Size, path: str) -> str:
+    """``--num-query-groups 4 (presets/Qwen/Qwen3-8B.sh:23), 8 published``."""
+    place = f" ({shown_path(path)}:{size.line})" if size.line else ""
+    small = f", {size.small} in the tiny model" if size.small is not None else ""
+    published = f", {size.published} published" if size.published is not None else ""
+    return f"{size.flag} {size.value}{place}{small}{published}"
 
 
 def skipped_text(reports: Iterable[CaseReport]) -> str:

@@ -24,6 +24,7 @@ from harness.finding import Finding, Severity, has_errors
 from harness.inventory import counts
 from harness.layout import Layout
 from harness.layout_rules import broken_limits, limit_findings, why_impossible
+from harness.mismatch import first_mismatch
 from harness.preset import PresetFile, load_preset
 from harness.recipes import Recipe, find_recipe
 from harness.reference import Facts, compare, compare_checkpoint, facts_beside
@@ -130,6 +131,7 @@ def _check(run: Run, case: Case, full_width: bool) -> CaseReport:
         shrink=_shrink_report(model.plan),
         reason="" if failed else model.limit or model.skipped,
         log=model.log if failed else "",
+        mismatch=first_mismatch(run.findings, full, facts, model.plan) if failed else None,
     )
 
 

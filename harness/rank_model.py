@@ -101,7 +101,7 @@ def _forward(run: Run, job: Job, device: torch.device, model: Any, outputs: Outp
         expected = activations(
             small, sequence_length=length, batch_size=batch, layout=job.layout, rank=job.rank
         )
-        with stage.foreign(), trace.recording(model) as recorder:
+        with stage.foreign(model), trace.recording(model) as recorder:
             first = forward_and_routes(model, tokens)
         # Where the pass raised, the trace up to there says first which shapes parted.
         stage.findings[:0] = trace.compare_trace(expected, recorder.trace())
@@ -131,7 +131,7 @@ def _quantize(
 ) -> None:
     with run.stage("quantize") as stage:
         result = None
-        with stage.foreign(), run.watch.quantizing(model):
+        with stage.foreign(model), run.watch.quantizing(model):
             result = quantize(
                 model,
                 job.recipe,

@@ -23,8 +23,10 @@ from harness.case import (
     Case,
     CaseReport,
     Check,
+    Mismatch,
     Outcome,
     ShrinkReport,
+    Size,
     StageReport,
     StandInReport,
 )
@@ -104,6 +106,7 @@ def result_to_json(report: CaseReport) -> dict[str, Any]:
         "repro": case.repro,
         "reason": report.reason,
         "log": report.log,
+        "mismatch": _plain(report.mismatch),
     }
 
 
@@ -179,7 +182,15 @@ def result_from_json(result: Mapping[str, Any], known: Mapping[str, StandInRepor
         ),
         reason=result["reason"],
         log=result["log"],
+        mismatch=_mismatch_from_json(result.get("mismatch")),
     )
+
+
+def _mismatch_from_json(mismatch: Mapping[str, Any] | None) -> Mismatch | None:
+    if mismatch is None:
+        return None
+    shapes = tuple((word, text) for word, text in mismatch["shapes"])
+    return Mismatch(mismatch["module"], shapes, tuple(Size(**size) for size in mismatch["sizes"]))
 
 
 def _stage_from_json(stage: Mapping[str, Any]) -> StageReport:

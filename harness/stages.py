@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.case import STAGES, Check, Outcome, StageReport
 from harness.errors import UnsupportedModel, UsageError
@@ -77,13 +77,41 @@ class Raised:
         """The words after the first line, where there are more."""
         return "\n".join(self.words.splitlines()[1:])
 
-    def finding(self, stage: str) -> Finding:
+    def finding(self, stage: str, module: str | None = None, given: str = "") -> Finding:
+        """``module`` was at work, and ``given`` says on which tensors."""
         message = f"raised {self.kind}: {self.words}{self.where}"
-        return Finding(stage, Severity.ERROR, message, actual=self.actual)
+        if module:
+            message += f" in {module.removeprefix('decoder.')}{given}"
+        return Finding(stage, Severity.ERROR, message, module=module, actual=self.actual)
 
     def same_as(self, other: Raised) -> bool:
         """Whether both are one limit: the same type and the same words, whatever the numbers in them."""
         return self.kind == other.kind and _without_numbers(self.words) == _without_numbers(other.words)
+
+
+def _at_work(error: Exception, model: Any) -> tuple[str | None, str]:
+    """Path of the innermost module of ``model`` whose code was running, and the tensors that it was given."""
+    if model is None:
+        return None, ""
+    names = {id(module): name for name, module in model.named_modules() if name}
+    found: tuple[str | None, str] = None, ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        code, local = frame.f_code, frame.f_locals
+        name = names.get(id(local.get("self")))
+        if name is not None and (name != found[0] or not found[1]):
+            # torch's own call of a module has them in a tuple and a dictionary.
+            named = [local.get(one) for one in code.co_varnames[1 : code.co_argcount]]
+            tensors = [*named, *_items(local.get("args")), *_items(local.get("kwargs"))]
+            given = [tuple(one.shape) for one in tensors if one is not None and hasattr(one, "shape")]
+            shapes = [" x ".join(map(str, shape)) for shape in given]
+            found = name, f", given {' and '.join(shapes)}" if shapes else ""
+    return found
+
+
+def _items(values: object) -> tuple[Any, ...]:
+    if isinstance(values, Mapping):
+        return tuple(values.values())
+    return values if isinstance(values, tuple) else ()
 
 
 def _without_numbers(words: str) -> str:
@@ -274,8 +302,11 @@ class Stage:
         self.checks.append(Check(proof.name, Outcome(str(proof.outcome)), detail))
 
     @contextmanager
-    def foreign(self) -> Iterator[None]:
-        """Call Megatron or ModelOpt: what they raise is a finding, and the stage of no further use."""
+    def foreign(self, model: Any = None) -> Iterator[None]:
+        """Call Megatron or ModelOpt: what they raise is a finding, and the stage of no further use.
+
+        Of ``model``, where one is at work, the finding names the innermost module that was.
+        """
         try:
             yield
         except (UsageError, UnsupportedModel):
@@ -283,7 +314,7 @@ class Stage:
         except Exception as error:
             self.watch.raised(self, error)
             self.raised = Raised.of(error)
-            self.findings.append(self.raised.finding(self.name))
+            self.findings.append(self.raised.finding(self.name, *_at_work(error, model)))
             self.usable = False
 
 

@@ -71,7 +71,7 @@ def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         signal.signal(signum, handler)
 
 
-def fake(case: Case) -> CaseReport:
+def fake(case: Case, **_: object) -> CaseReport:
     """0.6B passes, 8B fails, and int4_awq is the harness's own fault."""
     if case.recipe == "int4_awq":
         return CaseReport(case, Outcome.ERROR, 0.1, reason="the harness failed: KeyError: 'x'")
@@ -520,7 +520,7 @@ def test_repro_takes_the_only_failure_by_itself(
     ],
 )
 def test_a_case_is_named_in_full_or_by_words(reported: Path, words: str, name: str) -> None:
-    assert cli.choose_case(read_report(reported), words, reported).name == name
+    assert cli.choose_case(read_report(reported), words, reported).case.name == name
 
 
 @pytest.mark.parametrize(
@@ -540,6 +540,39 @@ def test_an_ambiguous_case_lists_what_there_is(reported: Path, words: str | None
 def test_a_report_without_failures_has_nothing_to_repeat(reported: Path) -> None:
     with pytest.raises(UsageError, match=r"^no case of r.json failed$"):
         cli.choose_case(read_report(reported)[:2], None, Path("r.json"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--full-width", "--reduce"), "--full-width goes with --pdb alone"),
+        (("--script", "no/such/folder/show.py"), "there is no directory no/such/folder"),
+    ],
+)
+def test_what_repro_cannot_do_is_wrong_usage(
+    invoke: Invoke, reported: Path, faked: list[Case], options: tuple[str, ...], message: str
+) -> None:
+    done = invoke("repro", reported, "8b nvfp4", *options)
+    assert done.code == 2
+    assert message in done.err
+
+
+def test_repro_of_a_case_that_passes_now_has_nothing_to_reduce(
+    invoke: Invoke, reported: Path, faked: list[Case]
+) -> None:
+    done = invoke("repro", reported, "0.6b fp8", "--reduce")
+    assert done.code == 0
+    assert "the case does not fail here: there is nothing to reduce" in done.out
+
+
+def test_check_adds_to_the_summary_of_a_github_step(
+    invoke: Invoke, tree: Path, tmp_path: Path, faked: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    invoke("check", "--presets", tree, "--recipe", "fp8", "--device", "cpu")
+    text = (tmp_path / "summary.md").read_text()
+    assert text.startswith("### Presets: 2 cases: 1 passed, 1 failed in ")
+    assert "weight is 3 x 4, expected 4 x 4" in text
 
 
 def test_repro_of_a_preset_that_is_elsewhere_says_so(invoke: Invoke, reported: Path, tmp_path: Path) -> None:

@@ -12,11 +12,22 @@ from pathlib import Path
 import pytest
 
 from harness import messages, report
-from harness.case import Case, CaseReport, Check, Outcome, ShrinkReport, StageReport, StandInReport
+from harness.case import (
+    Case,
+    CaseReport,
+    Check,
+    Mismatch,
+    Outcome,
+    ShrinkReport,
+    Size,
+    StageReport,
+    StandInReport,
+)
 from harness.errors import ReportError
 from harness.finding import Finding, Severity
 from harness.layout import Layout
 from harness.shrink.invariants import Invariant
+from harness.step_summary import summary_markdown, write_step_summary
 
 CASE = Case("Qwen/Qwen3-8B", "presets/Qwen/Qwen3-8B.sh", "fp8", Layout(), "cpu")
 GROUPS = Finding(
@@ -406,3 +417,76 @@ def test_the_checks_of_a_stage_stand_below_it() -> None:
         "  coverage  passed                all",
         "  weights   unsupported           ModelOpt: no",
     ]
+
+
+# ---- where shapes part ----
+
+MISMATCH = Mismatch(
+    "decoder.layers.0.self_attention.linear_qkv",
+    (("weight", "5120 x 4096, 6144 x 4096 published"), ("takes", "s x b x 4096")),
+    (Size("--hidden-size", 19, "4096", "1024"), Size("--num-query-groups", 23, "4", None, "8")),
+)
+
+
+def mismatched() -> CaseReport:
+    case = Case("Qwen/Qwen3-8B", "a.sh", "fp8", Layout(), "cpu")
+    finding = Finding(
+        "reference", Severity.ERROR, "--num-query-groups 4: 8 published", "--num-query-groups", 23
+    )
+    return CaseReport(case, Outcome.FAILED, 1.0, findings=(finding,), mismatch=MISMATCH)
+
+
+def test_where_shapes_part_is_shown_with_the_flags_behind_the_sizes() -> None:
+    assert messages.failure_text(mismatched()).splitlines() == [
+        "Qwen/Qwen3-8B  failed in reference",
+        "  --num-query-groups 4 (a.sh:23): 8 published",
+        "  shapes part at layers.0.self_attention.linear_qkv",
+        "    weight  5120 x 4096, 6144 x 4096 published",
+        "    takes   s x b x 4096",
+        "    --num-query-groups 4 (a.sh:23), 8 published",
+        "    --hidden-size 4096 (a.sh:19), 1024 in the tiny model",
+        "  again: harness check Qwen/Qwen3-8B --recipe fp8 --layout tp1 --device cpu",
+    ]
+
+
+def test_a_mismatch_reads_back() -> None:
+    document = json.loads(json.dumps(report.to_json([mismatched()], env={})))
+    assert report.from_json(document) == (mismatched(),)
+    del document["results"][0]["mismatch"]  # as an earlier version wrote it
+    assert report.from_json(document)[0].mismatch is None
+
+
+# ---- GitHub's step summary ----
+
+
+def test_a_summary_lists_what_did_not_pass_and_every_failure_in_full() -> None:
+    fine = replace(mismatched(), outcome=Outcome.PASSED, findings=(), mismatch=None)
+    text = summary_markdown([fine, mismatched()], 2.0)
+    head, rows, block = text.split("\n\n")
+    assert head == "### Presets: 2 cases: 1 passed, 1 failed in 2.0 s"
+    assert len(rows.splitlines()) == 3
+    assert rows.splitlines()[2].startswith(
+        "| Qwen/Qwen3-8B | fp8 | tp1 | cpu | failed | --num-query-groups 4"
+    )
+    assert block == f"```\n{messages.failures_text([mismatched()])}\n```\n"
+
+
+def test_what_a_preset_says_cannot_break_out_of_a_summary() -> None:
+    finding = Finding("parse", Severity.ERROR, "no flag | <img> `x` [a](b)\n```\n# title")
+    bad = replace(mismatched(), findings=(finding,), mismatch=None)
+    text = summary_markdown([bad])
+    (row,) = [line for line in text.splitlines() if line.startswith("| Qwen")]
+    assert row.endswith(r"no flag \| \<img\> \`x\` \[a\](b) \`\`\` # title |")
+    assert text.rstrip().endswith("````")
+
+
+def test_a_summary_is_added_where_github_asks_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    write_step_summary([mismatched()])
+    summary = tmp_path / "summary.md"
+    summary.write_text("before\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    write_step_summary([mismatched()])
+    assert summary.read_text() == "before\n" + summary_markdown([mismatched()])

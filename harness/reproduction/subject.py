@@ -17,10 +17,10 @@ from harness.arguments import Arguments, flag_for
 from harness.case import PARITY, Case, CaseReport, Outcome
 from harness.errors import UsageError
 from harness.facts import facts_beside
-from harness.families import Expectation, Reads, expectations
 from harness.finding import Finding
 from harness.inventory import parameters
 from harness.layout import Layout
+from harness.mismatch import published_values
 from harness.pipeline import full_size, with_vocabulary
 from harness.preset import PresetFile, load_preset
 from harness.reference import shown_value
@@ -117,7 +117,7 @@ def _full_size(report: CaseReport, errors: Sequence[Finding]) -> Subject:
     placed = [f for f in report.findings if f.is_error and f.flag and f.stage in ("reference", "audit")]
     first = (placed or list(errors))[0]
     subject = Subject(case, first.message, arguments, case.layout, ("config",))
-    published = _published(arguments, Path(case.path))
+    published = published_values(arguments, facts_beside(Path(case.path))[0])
     values = tuple(_value(dest, arguments[dest], value) for dest, value in published.items())
     try:
         model = architecture(arguments)
@@ -140,24 +140,6 @@ def _value(dest: str, actual: Any, value: Any) -> str:
 
 def _said(finding: Finding) -> tuple[str, ...]:
     return (f"raise AssertionError({finding.message!r})",)
-
-
-def _published(arguments: Arguments, path: Path) -> dict[str, Any]:
-    """What the publisher says of the arguments that the preset has otherwise."""
-    from harness.arguments.effective import NO_EFFECT, effective
-    from harness.reference import same_value
-
-    facts, _ = facts_beside(path)
-    if facts is None or facts.family is None:
-        return {}
-    found = {}
-    for item in expectations(facts.family, Reads(facts.config)):
-        if isinstance(item, Expectation):
-            layers = len(item.value) if isinstance(item.value, tuple) else None
-            actual = effective(arguments, item.dest, layers)
-            if actual is not NO_EFFECT and not same_value(actual, item.value):
-                found[item.dest] = item.value
-    return found
 
 
 def _parted(
