@@ -7,6 +7,7 @@ where it stood. Everything goes over pipes.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import json
 import multiprocessing
@@ -38,6 +39,9 @@ _STARTING_SECONDS = 300.0
 _STACK_SECONDS = 2.0
 _QUIET_SECONDS = 0.1
 _LOG_BYTES = 1 << 16
+# A child that holds so much more than after its first case is replaced. What it holds comes to rest once it
+# has seen every kind of model, some hundred megabytes above the first; this is for what is not known.
+_MOST_GROWTH = 1 << 30
 
 Check = Callable[[Case], CaseReport]
 
@@ -216,7 +220,7 @@ def _work(messages: Connection, output: Connection, check: Check, share: Share) 
     multiprocessing.set_start_method("fork", force=True)
     os.environ.update(share.environment)
     pin_threads(share.threads)
-    unlimited = True
+    unlimited, first = True, 0
     for case, timeout in _received_cases(messages):
         if unlimited and case.device == "cpu":  # CUDA's driver takes host memory as it likes
             limit_memory(share.host_bytes)
@@ -228,7 +232,11 @@ def _work(messages: Connection, output: Connection, check: Check, share: Share) 
         faulthandler.cancel_dump_traceback_later()
         # As JSON: a record may hold a value of torch's, and the parent has no torch.
         stood_in = [(r.target, r.replacement, r.reason) for r in stand_ins([report])]
-        answer = {"result": result_to_json(report), "stand_ins": stood_in, "spent": _spent(case)}
+        answer: dict[str, Any] = {"result": result_to_json(report), "stand_ins": stood_in}
+        del report
+        size = give_back_memory()
+        first = first or size
+        answer["spent"] = _ruined(case) or size > first + _MOST_GROWTH
         messages.send_bytes(json.dumps(answer).encode())
 
 
@@ -240,8 +248,8 @@ def _received_cases(messages: Connection) -> Iterator[tuple[Case, float | None]]
             return
 
 
-def _spent(case: Case) -> bool:
-    """Whether this process is of no use to other cases: a fault on a GPU leaves its CUDA context in ruins."""
+def _ruined(case: Case) -> bool:
+    """Whether a case left this process' CUDA context of no use to others, as a fault on the GPU does."""
     torch = sys.modules.get("torch")
     if not case.device.startswith("cuda") or torch is None or not torch.cuda.is_initialized():
         return False
@@ -252,16 +260,32 @@ def _spent(case: Case) -> bool:
     return False
 
 
+def give_back_memory() -> int:
+    """Return to the system what malloc keeps of a case for the next; the bytes that are then resident.
+
+    A model of many small parts leaves malloc a heap of a gigabyte with little in use. This takes some
+    hundredths of a second after a large model.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+    return _pages(1)
+
+
 def limit_memory(size: int) -> None:
     """Let this process have ``size`` bytes of data more than it has; the next ones raise in the case.
 
     The limit is of private writable memory, which torch allocates and Python too, not of address space,
     of which libraries reserve much that they never use.
     """
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
-    limit = pages * resource.getpagesize() + size
+    limit = _pages(5) + size
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     resource.setrlimit(resource.RLIMIT_DATA, (limit if hard < 0 else min(limit, hard), hard))
+
+
+def _pages(field: int) -> int:
+    """A field of this process' statm (1 is what is resident, 5 data and stack), in bytes."""
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[field]) * resource.getpagesize()
 
 
 def safely(check: Check, case: Case) -> CaseReport:

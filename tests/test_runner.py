@@ -9,12 +9,17 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from harness import worker
 from harness.case import Case, CaseReport, Outcome, StandInReport
-from harness.errors import UsageError
+from harness.devices import Share
+from harness.errors import Interrupted, UsageError
 from harness.finding import Finding, Severity
 from harness.layout import Layout
 from harness.processes import pin_threads
@@ -33,6 +38,9 @@ class Odd:
 
     def __reduce__(self) -> str:
         raise TypeError("this value does not cross processes")
+
+
+KEPT: list[bytes | bytearray] = []
 
 
 def play(case: Case) -> CaseReport:
@@ -57,6 +65,18 @@ def play(case: Case) -> CaseReport:
         os._exit(3)
     if action == "slow":
         time.sleep(0.3)
+    if action == "grow":
+        KEPT.append(b"x" * (64 << 20))
+    if action == "memory":
+        KEPT.append(bytearray(1 << 29))
+    if action == "closed":
+        os.closerange(1, 3)
+        time.sleep(0.5)
+    if action == "held":  # a process that outlives the worker has its pipes
+        if not os.fork():
+            time.sleep(30)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
     finding = Finding("audit", Severity.WARNING, "seen", expected=Odd(), actual=(1, 2))
     pid = StandInReport(f"pid {os.getpid()}", "", os.environ["OMP_NUM_THREADS"])
     return CaseReport(case, Outcome.PASSED, 0.1, findings=(finding,), stand_ins=(pid,))
@@ -126,6 +146,72 @@ def test_a_case_beyond_its_time_is_ended_and_its_neighbours_pass() -> None:
     assert time.monotonic() - start < 20
 
 
+def test_where_a_case_hangs_is_the_end_of_its_log() -> None:
+    (report,) = run("hang", timeout=0.5)
+    assert "Timeout (0:00:00.5" in report.log
+    assert "(most recent call last):" in report.log
+    place = report.log.splitlines()[-1]
+    assert place.startswith(f'  File "{__file__}"')
+    assert place.endswith(" in play")
+
+
+def test_a_process_that_keeps_the_pipes_of_a_dead_worker_holds_up_nobody() -> None:
+    start = time.monotonic()
+    reports = run("held", "a", jobs=1)
+    assert [report.outcome for report in reports] == ["error", "passed"]
+    assert time.monotonic() - start < 25
+
+
+def test_a_case_that_closes_its_output_costs_no_processor_time() -> None:
+    before = time.process_time()
+    (report,) = run("closed")
+    assert report.outcome is Outcome.PASSED
+    assert time.process_time() - before < 0.3
+
+
+def test_memory_beyond_the_share_is_the_reason_of_the_case_and_of_no_other() -> None:
+    cases = [case(f"Org/{name}") for name in ("a", "memory", "b")]
+    reports = run_cases(cases, [Share(1, 256 << 20)], 60.0, check=play, preload=())
+    assert [report.outcome for report in reports] == ["passed", "error", "passed"]
+    assert reports[1].reason == "out of memory: MemoryError"
+    assert len({report.stand_ins[0].target for report in (reports[0], reports[2])}) == 1
+
+
+def test_a_worker_that_grows_without_end_is_replaced() -> None:
+    cases = [case(name) for name in ("Org/a", "Org/grow", "Org/b", "Org/c", "Other/grow", "Org/d", "Org/e")]
+    reports = run_cases(cases, 1, 60.0, check=play_in_a_small_process, preload=())
+    pids = [report.stand_ins[0].target for report in reports]
+    assert pids[0] == pids[1] != pids[2]
+    assert pids[2] == pids[3] == pids[4] != pids[5]
+    assert len(set(pids)) == 3
+
+
+def play_in_a_small_process(case: Case) -> CaseReport:
+    """As ``play``, in a worker that may grow by little."""
+    worker._MOST_GROWTH = 32 << 20
+    return play(case)
+
+
+def test_a_ruined_cuda_context_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault() -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    def cuda(synchronize: Callable[[], None], initialized: bool = True) -> SimpleNamespace:
+        return SimpleNamespace(
+            cuda=SimpleNamespace(is_initialized=lambda: initialized, synchronize=synchronize)
+        )
+
+    on_gpu = replace(case("Org/a"), device="cuda:0")
+    for torch, of, ruined in (
+        (cuda(fault), on_gpu, True),
+        (cuda(lambda: None), on_gpu, False),
+        (cuda(fault, initialized=False), on_gpu, False),
+        (cuda(fault), case("Org/a"), False),
+    ):
+        monkeypatch.setitem(sys.modules, "torch", torch)
+        assert worker._ruined(of) is ruined
+
+
 def test_the_time_limit_is_per_case() -> None:
     reports = run("slow", "slow", "slow", "slow", jobs=1, timeout=0.9)
     assert {report.outcome for report in reports} == {Outcome.PASSED}
@@ -162,6 +248,22 @@ def test_an_exception_in_on_done_ends_the_workers() -> None:
 
 def test_no_cases_are_no_reports() -> None:
     assert run() == []
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_what_was_done_before_an_interrupt_is_kept(jobs: int) -> None:
+    def stop(report: CaseReport) -> None:
+        if report.case.preset == "Org/b":
+            raise Interrupted(signal.SIGTERM)
+
+    cases = [case(f"Org/{name}") for name in ("a", "b", "hang", "hang", "c")]
+    with pytest.raises(Interrupted) as caught:
+        run_cases(cases, jobs, None, on_done=stop, check=play, preload=())
+    assert caught.value.exit_code == 143
+    reports = caught.value.reports
+    assert [report.case for report in reports] == cases
+    assert [report.outcome for report in reports[1:]] == ["passed", "skipped", "skipped", "skipped"]
+    assert {report.reason for report in reports[2:]} == {"interrupted by SIGTERM"}
 
 
 def test_cases_of_one_preset_are_spread() -> None:
