@@ -23,7 +23,7 @@ import typer
 from harness import audit_table, blueprint, messages, pipeline, report
 from harness.case import FIRST_RANKS, CaseReport
 from harness.devices import resolve_device, worker_shares
-from harness.errors import HarnessError, UsageError
+from harness.errors import HarnessError, Interrupted, UsageError
 from harness.preset import Found, find
 from harness.reproduction.choice import choose_case, require_file
 from harness.selection import (
@@ -87,14 +87,6 @@ Ranks = Annotated[
         help="ranks to simulate: first (of each pipeline stage), all, or 0,5; or real: a process each"
     ),
 ]
-
-
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM; no ``except Exception`` on the way may keep it."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.exit_code = 128 + signum
 
 
 def main() -> NoReturn:
@@ -223,11 +215,21 @@ def check(
     if json_ not in (None, "-"):
         report.require_writable(Path(json_ or ""))
     start = perf_counter()
+    interrupted = None
     with _progress(len(cases)) as on_done:
-        reports = run_cases(cases, workers, timeout or None, on_done)
+        try:
+            reports = run_cases(cases, workers, timeout or None, on_done)
+        except Interrupted as signalled:
+            interrupted, reports = signalled, list(signalled.reports)
     seconds = perf_counter() - start
     write_step_summary(reports, seconds)
-    _finish(messages.full_text(reports, _width(json_), seconds), reports, json_, found)
+    text = messages.full_text(reports, _width(json_), seconds)
+    if interrupted is None:
+        _finish(text, reports, json_, found)
+    document = report.to_json(reports) | {"not_checked": not_checked_json(found.not_checked)}
+    _deliver(_with_others(text, found), document, json_)
+    print(f"harness: interrupted by {interrupted}; {_so_far(reports, json_)}", file=sys.stderr)
+    raise typer.Exit(interrupted.exit_code)
 
 
 @app.command()
@@ -277,6 +279,13 @@ def _width(json_: str | None) -> int | None:
     """Columns of the terminal that the text goes to, None where it goes elsewhere."""
     stream = sys.stderr if json_ == "-" else sys.stdout
     return shutil.get_terminal_size().columns if stream.isatty() else None
+
+
+def _so_far(reports: Sequence[CaseReport], json_: str | None) -> str:
+    """What an interrupted run leaves: how far it came, and where that is written."""
+    done = sum(not entry.reason.startswith("interrupted by ") for entry in reports)
+    where = f"; {json_} says which" if json_ not in (None, "-") else ""
+    return f"{done} of {len(reports)} cases were done{where}"
 
 
 def _finish(
