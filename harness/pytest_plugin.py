@@ -37,6 +37,7 @@ from harness.selection import (
     runnable,
 )
 from harness.shards import Shard, duration_name, shard_named
+from harness.step_summary import write_step_summary
 from harness.tree import Kind, NotChecked, leads_back, preset_at, survey, what_it_is
 from harness.worker import Worker
 
@@ -374,6 +375,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         if text:
             terminalreporter.section(title)
             terminalreporter.write_line(text)
+    if reports:
+        write_step_summary(reports)
     if others := not_checked_text(_not_checked(terminalreporter.config)):
         terminalreporter.section("not checked")
         terminalreporter.write_line(others.partition("\n")[2])

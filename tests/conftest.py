@@ -1,4 +1,5 @@
-"""Hypothesis for machines that are busy: a slow draw is no failure. And no threads of worlds long closed."""
+"""Hypothesis for machines that are busy: a slow draw is no failure. And no threads of worlds long closed,
+and nothing on the page of a run on GitHub."""
 
 from __future__ import annotations
 
@@ -15,6 +16,12 @@ settings.load_profile("busy")
 
 # Of one world that is open.
 _MANY_THREADS = 100
+
+
+@pytest.fixture(autouse=True)
+def _no_step_summary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test checks or has checked is none of the results of the run that GitHub shows."""
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 from broken import TREE, edit
 
 from harness import messages
@@ -27,6 +28,8 @@ from harness.reproduction.witness import Debugger, Witness
 
 # A recipe of one's own with a mistake: Megatron calls these modules otherwise.
 MISSPELT = """
+metadata:
+  recipe_type: ptq
 quantize:
   algorithm: max
   quant_cfg:
@@ -265,6 +268,16 @@ def test_the_program_of_a_right_preset_finds_no_difference(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
 
 
+def test_a_limit_of_modelopts_becomes_a_program_for_those_who_own_it(tmp_path: Path) -> None:
+    report = check(case_of(tmp_path, "Qwen/Qwen3-0.6B", recipe="nvfp4_svdquant"))
+    assert report.outcome is Outcome.UNSUPPORTED
+    assert "can only concatenate tuple" in report.reason
+    write_script(report, tmp_path / "show.py")
+    done = alone(tmp_path / "show.py")
+    assert done.returncode == 1
+    assert 'TypeError: can only concatenate tuple (not "Tensor") to tuple' in done.stderr
+
+
 def test_what_no_program_can_show_says_so(passed: CaseReport, tmp_path: Path) -> None:
     finding = Finding("quantize", Severity.ERROR, "relative error 3, expected at most 0.1", check="effect")
     with pytest.raises(UsageError, match="there is no script for this"):
@@ -396,13 +409,18 @@ def test_what_modelopt_was_running_when_it_raised_is_traced(
 ) -> None:
     from modelopt.torch.quantization.nn import TensorQuantizer
 
-    def refuse(*args: object, **more: object) -> None:
-        raise RuntimeError("no more")
+    original = TensorQuantizer.forward
+
+    def refuse(quantizer: TensorQuantizer, inputs: torch.Tensor) -> torch.Tensor:
+        if inputs.dim() == 3:
+            raise RuntimeError("no more")
+        return original(quantizer, inputs)
 
     monkeypatch.setattr(TensorQuantizer, "forward", refuse)
     witness = Witness()
     report = check(passed.case, watch=witness)
-    assert report.outcome is Outcome.FAILED
+    # The same is raised whatever the sizes, so no preset is at fault.
+    assert report.outcome is Outcome.UNSUPPORTED
     assert [seen.stage for seen in witness.passes] == ["forward", "quantize"]
     assert witness.passes[-1].trace.stopped_in == QKV
 

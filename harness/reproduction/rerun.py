@@ -48,11 +48,12 @@ def again(before: CaseReport, wanted: Wanted, width: int | None) -> tuple[CaseRe
     report = safely(partial(pipeline.check, watch=witness, full_width=wanted.full_width), case)
     texts += [messages.stages_text(report), *map(trace_text, witness.passes)]
     failed = report.outcome in (Outcome.FAILED, Outcome.ERROR)
-    if script is not None and failed:
+    limited = report.outcome is Outcome.UNSUPPORTED
+    if script is not None and (failed or limited):
         texts.append(_script(report, script))
     if wanted.reduce and failed:
         texts.append(reduction_text(reduce(report, _one_trial(report))))
-    if not failed and (wanted.reduce or wanted.script):
+    if not failed and (wanted.reduce or (wanted.script and not limited)):
         texts.append("the case does not fail here: there is nothing to reduce or to write a script of")
     return report, "\n\n".join([*texts, messages.full_text([report], width)])
 

@@ -64,11 +64,21 @@ class Subject:
 def subject_of(report: CaseReport) -> Subject:
     """Raises UsageError where the failure is none that another program could show."""
     failed = [stage.name for stage in report.stages if stage.outcome is Outcome.FAILED]
+    limited = [stage.name for stage in report.stages if stage.outcome is Outcome.UNSUPPORTED]
+    if not failed and limited:
+        return _limit(report, limited[-1])
     last = failed[-1] if failed else "quantize"
     errors = [finding for finding in report.findings if finding.is_error and finding.stage == last]
     if failed and not errors:
         raise UsageError(f"{report.case.name} failed in {last} without a finding to show")
     return _ENDS[last](report, errors)
+
+
+def _limit(report: CaseReport, stage: str) -> Subject:
+    """What Megatron or ModelOpt raises whatever the sizes are."""
+    if stage not in ("build", "forward", "quantize"):
+        raise UsageError(f"{report.reason}: nothing was raised, so there is nothing to show")
+    return _run(report, stage, (), ())
 
 
 def _steps(last: str) -> tuple[str, ...]:
