@@ -8,7 +8,17 @@ from __future__ import annotations
 import contextlib
 import importlib
 
+_NAMES = (
+    "harness.build",
+    "harness.trace",
+    "harness.world",
+    "harness.quantize",
+    "harness.small_model",
+    "harness.rank_model",
+    "harness.parity.stage",
+)
+
 # What cannot be imported here fails in the case that needs it, where it is reported.
-with contextlib.suppress(Exception):
-    for _name in ("harness.build", "harness.trace", "harness.world", "harness.quantize"):
+for _name in _NAMES:
+    with contextlib.suppress(Exception):
         importlib.import_module(_name)
