@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.devices import worker_shares
 from harness.pytest_plugin import is_preset
 
 pytest_plugins = ["pytester"]
@@ -52,6 +52,23 @@ def pytest_sessionfinish(session):
 """
 
 
+# A machine with two GPUs, and a check that says what a child was given.
+SHARED = """
+from harness import devices, pytest_plugin
+from harness.devices import Share
+
+PLAN = [Share(3, 4 << 30, "GPU-aa", 0.5), Share(4, 4 << 30, "GPU-bb", 0.5)]
+
+def given(case):
+    names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", devices.FRACTION)
+    raise KeyError(" ".join([case.device, *(os.environ[name].rstrip("0") for name in names)]))
+
+pipeline.check = given
+pytest_plugin.worker_shares = lambda *words: PLAN
+pytest_plugin.resolve_device = lambda text: "cuda:0" if text != "cpu" else "cpu"
+"""
+
+
 @pytest.fixture
 def tree(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """``presets/Qwen`` with two presets, a script beside them, and the check."""
@@ -65,11 +82,11 @@ def tree(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.P
     return pytester
 
 
-def run(tree: pytest.Pytester, *arguments: str | Path) -> pytest.RunResult:
+def run(tree: pytest.Pytester, *arguments: str | Path, device: str = "cpu") -> pytest.RunResult:
     plugins = ["-p", "harness.pytest_plugin", "-p", "no:cacheprovider"]
     if "-n" in arguments:
         plugins += ["-p", "xdist"]
-    return tree.runpytest_subprocess(*plugins, "--device", "cpu", *arguments)
+    return tree.runpytest_subprocess(*plugins, "--device", device, *arguments)
 
 
 def ids(result: pytest.RunResult) -> list[str]:
@@ -226,7 +243,10 @@ def test_nothing_to_run_is_never_a_pass(
         (["--layout", "tp"], "layout 'tp': 'tp' is not a size"),
         (["--layout", "cp2"], "context parallelism needs Transformer Engine's attention"),
         (["--layout", "tp2", "--ranks", "5"], "numbers below 2 for layout tp2"),
-        (["--prove", "nothing"], "no proof is called 'nothing'; known: state, weights, backward, export, all"),
+        (
+            ["--prove", "nothing"],
+            "no proof is called 'nothing'; known: state, weights, backward, export, all",
+        ),
         (["--device", "cuda:77"], "device cuda:77 is not on this machine"),
     ],
     ids=["recipe", "layout", "layout that cannot be run", "ranks", "prove", "device"],
@@ -320,6 +340,51 @@ def test_collecting_real_presets_imports_no_torch() -> None:
 
 
 # ---- workers and devices ----
+
+
+def test_each_worker_of_xdist_has_its_share_and_a_device_of_its_own(tree: pytest.Pytester) -> None:
+    """What the plan says reaches the child, where CUDA is first touched, and what it says of a device too."""
+    with (tree.path / "conftest.py").open("a") as stream:
+        stream.write(SHARED)
+    result = run(tree, "presets", "--recipe", "fp8,nvfp4", "-n", "2", "--dist", "each", "-rf", device="auto")
+    faults = {line.partition("KeyError: ")[2] for line in result.outlines if "KeyError: " in line}
+    assert faults == {repr(f"cuda:0 GPU-{name} {threads} 0.5") for name, threads in (("aa", 3), ("bb", 4))}
+
+
+def test_workers_that_do_not_fit_are_wrong_usage(tree: pytest.Pytester) -> None:
+    with (tree.path / "conftest.py").open("a") as stream:
+        stream.write("\nfrom harness import host\nhost.free_memory = lambda: 3 << 30\n")
+    result = run(tree, "presets", "--recipe", "fp8", "-n", "2")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "2 workers do not fit, 1 would" in result.stderr.str()
+    tree.makepyfile(test_other="def test_other(): pass")
+    run(tree, "test_other.py", "-n", "2").assert_outcomes(passed=1)
+
+
+def test_with_several_workers_one_server_is_asked_for_children(tree: pytest.Pytester) -> None:
+    (tree.path / "slow.py").write_text(
+        "import os, pathlib\nwith open('imported', 'a') as out:\n    print(os.getpid(), file=out)\n"
+    )
+    with (tree.path / "conftest.py").open("a") as stream:
+        stream.write("\npytest_workers.PRELOAD = ('slow',)\n")
+    run(tree, "presets", "-k", "0.6B", "--recipe", "fp8,nvfp4", "-n", "2").assert_outcomes(passed=2)
+    assert len((tree.path / "imported").read_text().split()) == 1
+
+
+def test_a_server_that_cannot_be_reached_is_replaced_by_one_of_its_own(tree: pytest.Pytester) -> None:
+    for lost in ("{}", "{'server': 1 << 22, 'process': os.getpid(), 'alive': 1, 'address': 'gone'}"):
+        with (tree.path / "conftest.py").open("a") as stream:
+            stream.write(f"\npytest_workers.hand_over_fork_server = lambda: {lost}\n")
+        run(tree, "presets", "-k", "0.6B", "--recipe", "fp8,nvfp4", "-n", "2").assert_outcomes(passed=2)
+
+
+def test_in_process_no_child_is_started(tree: pytest.Pytester) -> None:
+    with (tree.path / "conftest.py").open("a") as stream:
+        stream.write("\ndef here(case):\n    raise KeyError(os.getpid() == int(os.environ['PYTEST_PID']))\n")
+        stream.write("pipeline.check = here\nos.environ.setdefault('PYTEST_PID', str(os.getpid()))\n")
+    one = ("presets/Qwen/Qwen3-0.6B.sh", "--recipe", "fp8")
+    for options, own in ((one, False), ((*one, "--in-process"), True)):
+        assert f"Qwen/Qwen3-0.6B  the harness failed: KeyError: {own}" in run(tree, *options).outlines
 
 
 def test_n_auto_asks_the_harness(tree: pytest.Pytester) -> None:
