@@ -103,7 +103,7 @@ class _Pool:
             if report is None:
                 continue
             del self.busy[index]
-            if not self.waiting:
-                worker.end()
             self.reports[index] = report
             self.on_done(report)
+            if not self.waiting:
+                worker.end()

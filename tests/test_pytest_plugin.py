@@ -313,7 +313,7 @@ def test_a_case_beyond_its_time_fails_and_the_next_runs(tree: pytest.Pytester, m
 
 def test_xdist_workers_share_the_cores(tree: pytest.Pytester) -> None:
     result = run(tree, "presets/Qwen/Qwen3-0.6B.sh", "--recipe", "w4a8_awq_beta", "-n", "2")
-    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    threads = worker_shares("cpu", 2)[0].threads
     assert f"Qwen/Qwen3-0.6B  the harness failed: LookupError: {threads}" in result.outlines
 
 
