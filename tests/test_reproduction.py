@@ -36,9 +36,9 @@ quantize:
     - quantizer_name: "*"
       enable: false
     - quantizer_name: "*linear_fc9.weight_quantizer"
-      cfg: {num_bits: [4, 3]}
+      cfg: {num_bits: e4m3}
     - quantizer_name: "*linear_fc1.weight_quantizer"
-      cfg: {num_bits: [4, 3]}
+      cfg: {num_bits: e4m3}
 """
 
 

@@ -193,7 +193,7 @@ def _lines(reduction: Reduction) -> Iterator[str]:
     smallest = "the smallest set" if reduction.whole else "a set from which no flag can be left out"
     yield (
         f"reduce: {smallest} that makes the case pass, {len(reduction.found)} of {counted} that differ "
-        f"({reduction.trials} trials, {reduction.built} of them built):"
+        f"(trials: {reduction.trials}, built: {reduction.built}):"
     )
     yield from (f"  {change.text(path)}" for change in reduction.found)
     if reduction.outcome is not Outcome.PASSED:
