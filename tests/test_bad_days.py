@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 PLAY = """
 import ctypes, mmap, os, sys, time
 from pathlib import Path
-from harness import pytest_workers, pipeline
+from harness import host, pipeline, pytest_workers
 from harness.case import CaseReport, Outcome
 
 FILE = Path(__file__).with_name("imported")
@@ -56,6 +56,7 @@ def play(case):
     return CaseReport(case, Outcome.PASSED, 0.0)
 
 pipeline.check, pytest_workers.PRELOAD = play, ("preloaded",)
+host.free_memory = lambda: 16 << 30  # whatever else this machine does
 """
 
 PRELOADED = """
