@@ -112,7 +112,7 @@ def test_one_worker_takes_one_case_after_the_other() -> None:
 
 @pytest.fixture(autouse=True)
 def _room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many of these workers fit is no matter of what else this machine does; they take next to nothing."""
+    """How many of these workers fit is no matter of what this machine does else; they are small."""
     monkeypatch.setattr("harness.host.free_memory", lambda: 16 << 30)
 
 
