@@ -40,9 +40,14 @@ def build(twin: Twin) -> PreTrainedModel:
     Raises NoTwin where a published setting would have no effect.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.initialization import no_init_weights
 
-    outer = transformers.AutoConfig.for_model(**_arguments(twin.config))
+    try:
+        outer = transformers.AutoConfig.for_model(**_arguments(twin.config))
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split())
+        raise NoTwin(f"transformers' own configuration refuses what is published: {reason}") from error
     config: Any = outer.get_text_config()
     text = twin.text_config
     check_in_effect(text, config)
@@ -56,7 +61,9 @@ def build(twin: Twin) -> PreTrainedModel:
         model: Any = getattr(transformers, name)(config)
     model.tie_weights()
     if text.get("tie_word_embeddings") and model.lm_head.weight is not model.get_input_embeddings().weight:
-        raise NoTwin(f"tie_word_embeddings is on, transformers' code of {config.model_type} does not tie them")
+        raise NoTwin(
+            f"tie_word_embeddings is on, transformers' code of {config.model_type} does not tie them"
+        )
     model.float().eval().requires_grad_(False)
     fill(model, _SEED)
     _silence(model, twin)
