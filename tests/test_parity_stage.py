@@ -188,7 +188,8 @@ def test_a_limit_of_megatron_is_named_and_the_rest_compared() -> None:
 
 def test_two_limits_of_one_model() -> None:
     found = parity_of("Llama-4-Scout-17B-16E-Instruct")
-    assert "Megatron: factor 16.0 published (rope_scaling)" in found.limit
+    assert "Megatron: factor 16.0, high_freq_factor 1.0 published (rope_scaling)" in found.limit
+    assert "it builds 8, 4, so" in found.limit
     assert "it norms queries and keys in every layer, the published model not in those" in found.limit
     assert found.relative is not None and found.relative < TOLERANCES["cpu"]
 
@@ -196,8 +197,9 @@ def test_two_limits_of_one_model() -> None:
 def test_what_is_too_far_off_to_show_is_a_warning() -> None:
     warnings = parity_of("Llama-4-Scout-17B-16E-Instruct").findings
     assert {warning.severity for warning in warnings} == {Severity.WARNING}
-    (chunks,) = (one.message for one in warnings if "attention_chunk_size" in one.message)
-    assert "nothing of it shows in 40 tokens" in chunks
+    chunks, temperature = (warning.message for warning in warnings)
+    assert "attention_chunk_size" in chunks and "nothing of it shows in 40 tokens" in chunks
+    assert "attn_temperature_tuning" in temperature
 
 
 @pytest.mark.parametrize(
