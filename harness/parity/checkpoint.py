@@ -37,7 +37,8 @@ _PACKED = re.compile(r"\.experts\.(gate_up|down)_proj$")
 def build(twin: Twin) -> PreTrainedModel:
     """The model of ``twin`` on the CPU: float32, evaluating, filled.
 
-    Raises NoTwin where a published setting would have no effect.
+    Mamba's scan in plain torch still wants ``corrections.correct``, which depends on the length of the
+    tokens. Raises NoTwin where a published setting would have no effect.
     """
     import transformers
     from huggingface_hub.errors import StrictDataclassError
@@ -53,9 +54,8 @@ def build(twin: Twin) -> PreTrainedModel:
     check_in_effect(text, config)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
-    for key, value in _HOW.items():
-        if hasattr(config, key):
-            setattr(config, key, value)
+    if hasattr(config, "use_mamba_kernels"):
+        config.use_mamba_kernels = False  # theirs are not exact, and loading them may ask the network
     name, _ = _LANGUAGE_MODELS.get(twin.architecture, (twin.architecture, ""))
     with no_init_weights():
         model: Any = getattr(transformers, name)(config)
@@ -70,11 +70,6 @@ def build(twin: Twin) -> PreTrainedModel:
     correct(model, text)
     found: PreTrainedModel = model
     return found
-
-
-# How a result is computed, never what it is: Mamba's plain scan holds a tensor of a chunk by a chunk for
-# every head and state, which at the published 128 or 256 takes seconds and gigabytes.
-_HOW = {"use_mamba_kernels": False, "chunk_size": 16}
 
 
 def _silence(model: nn.Module, twin: Twin) -> None:
