@@ -432,6 +432,13 @@ BUGS: dict[str, tuple[Bug, ...]] = {
             "model.layers.0.self_attn.sinks",
         ),
         Bug(
+            "sinks that are constant",
+            "--softmax-type learnable",
+            "--softmax-type off-by-one",
+            "--softmax-type",
+            "decoder.layers.0.self_attention.core_attention.softmax_offset",
+        ),
+        Bug(
             "clamp",
             "--activation-func-clamp-value 7.0",
             "--activation-func-clamp-value 5.0",

@@ -271,6 +271,7 @@ def _left_over(imported: Imported, small: Twin, arguments: Arguments, facts: Fac
     for names, what in (
         (imported.unread, "the checkpoint's {} has no place in the model of the preset"),
         (imported.unfilled, "the published checkpoint has nothing for {} of the model of the preset"),
+        (imported.overwritten, "the checkpoint has numbers for {}, a constant in the model of the preset"),
     ):
         for part, some in _by_part(names).items():
             yield _at(what.format(_some(tuple(some))), _settings(part, arguments, facts), arguments, some[0])

@@ -148,7 +148,9 @@ def _detail(imported: Imported, small: Twin, comparison: Comparison | None) -> s
     parts = [f"{len(imported.read)} tensors of {small.architecture}"]
     if comparison is not None:
         parts = [f"logits agree to {comparison.relative:.1e}, {len(comparison.sites)} parts", *parts]
-    parts += [*imported.ours, *small.assumed, *(f"left out: {what}" for what in small.left_out)]
+    if imported.ours:
+        parts.append(f"ours, as ModelOpt's importer has no such rule: {', '.join(imported.ours)}")
+    parts += [*small.assumed, *(f"left out: {what}" for what in small.left_out)]
     return "; ".join(parts)
 
 
