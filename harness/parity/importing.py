@@ -78,7 +78,7 @@ def import_checkpoint(model: nn.Module, folder: Path) -> Imported:
         raised=raised,
         last=next(reversed(read), ""),
         overwritten=tuple(
-            name for name, tensor in _constants(model) if not torch.equal(tensor, constants.get(name, tensor))
+            name for name, tensor in _constants(model) if _differ(tensor, constants.get(name, tensor))
         ),
     )
 
@@ -108,6 +108,11 @@ def _constants(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor):
                 yield f"{path}.{name}", value
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """A cache that is still as it was allocated may hold what is no number, and equals itself."""
+    return one.shape != other.shape or not bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def tensors_of(folder: Path) -> set[str]:
