@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -196,6 +197,15 @@ def test_expert_biases_matter(built: Built) -> None:
             moved = built.moved(built.logits_of(built.model))
             buffer.copy_(kept)
             assert moved > 1e-3, name
+
+
+@pytest.mark.parametrize(("name", "mscale"), [("DeepSeek-V2-Lite", 0.707), ("DeepSeek-R1", 1.0)])
+def test_latent_attention_has_the_publishers_scale(name: str, mscale: float) -> None:
+    """Both publish a factor of 40; one of the two transformers gets right by itself."""
+    facts, model = published(name)
+    small = checkpoint.build(twin(facts, shrink(model, Layout())))
+    scales = {module.scaling for module in small.modules() if hasattr(module, "kv_b_proj")}
+    assert scales == {pytest.approx((128 + 64) ** -0.5 * (0.1 * mscale * math.log(40) + 1) ** 2)}
 
 
 # ---- the settings ----
