@@ -232,7 +232,7 @@ def test_a_part_of_a_shared_expert_is_no_twin() -> None:
     facts, model = published("DeepSeek-V2-Lite")
     plan = plan_of(model)
     other = replace(plan, after=changed(plan.after, moe_shared_expert_intermediate_size=768))
-    with pytest.raises(NoTwin, match="n_shared_experts: .* is not whole"):
+    with pytest.raises(NoTwin, match=r"n_shared_experts: .* is not whole"):
         twin(facts, other)
 
 
