@@ -139,13 +139,7 @@ BUGS: dict[str, tuple[Bug, ...]] = {
             "rotary frequencies",
         ),
         Bug("no biases", "--add-qkv-bias", "", "--add-qkv-bias", "model.layers.0.self_attn.k_proj.bias"),
-        Bug(
-            "a qk norm",
-            "--add-qkv-bias",
-            "--add-qkv-bias --qk-layernorm",
-            "--qk-layernorm",
-            "q_layernorm",
-        ),
+        Bug("a qk norm", "--add-qkv-bias", "--add-qkv-bias --qk-layernorm", "--qk-layernorm", "q_layernorm"),
         Bug(
             "tied",
             "--untie-embeddings-and-output-weights",
