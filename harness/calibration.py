@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Tokens that each expert sees on average, tried in this order until every one has seen LEAST_TOKENS: an
 # algorithm that searches, as AWQ does, runs every matrix many times on all of them.
-TOKENS_PER_EXPERT = (4, 8, 16, 32, 64)
+TOKENS_PER_EXPERT = (4, 16, 32, 64)
 LEAST_TOKENS = 2
 
 

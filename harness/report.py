@@ -36,7 +36,7 @@ from harness.layout import Layout
 from harness.shrink.invariants import Invariant
 
 SCHEMA = 1
-PACKAGES = ("torch", "megatron-core", "nvidia-modelopt", "transformer-engine")
+PACKAGES = ("torch", "megatron-core", "nvidia-modelopt", "transformer-engine", "transformers")
 
 
 def environment() -> dict[str, Any]:

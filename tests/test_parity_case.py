@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from harness import small_model
 from harness.case import PARITY, Case, CaseReport, Check, Outcome, StageReport
@@ -176,3 +177,13 @@ def test_the_harness_own_exception_is_an_error(monkeypatch: pytest.MonkeyPatch) 
         Outcome.ERROR,
         "the harness failed: LookupError: no such part",
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none here")
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "presets").rglob("*.sh")))
+def test_cuda_gives_the_verdict_of_the_cpu(name: str) -> None:
+    (file,) = find_presets([name], ROOT / "presets")
+    on_cpu = Case(file.name, str(file.path), PARITY, Layout(), "cpu")
+    cpu, cuda = check(on_cpu), check(replace(on_cpu, device="cuda:0"))
+    assert (cuda.outcome, cuda.findings) == (cpu.outcome, cpu.findings)

@@ -384,6 +384,17 @@ def test_a_broken_export_is_found(
     assert len(made.findings) <= 4, made.findings
 
 
+def test_what_the_harness_raises_is_no_limit(
+    folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ValueError("of the harness")
+
+    monkeypatch.setattr(exporting, "_quantize", broken)
+    with pytest.raises(ValueError, match="of the harness"):
+        exported(folders("Qwen3-8B"), "Qwen3-8B", "fp8")
+
+
 # Where a tensor stands in Megatron's model, checked by ModelOpt's importer
 
 

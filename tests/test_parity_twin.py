@@ -219,6 +219,23 @@ def test_a_shared_expert_of_the_wrong_size_stays_wrong() -> None:
     assert made["n_shared_experts"] * made["moe_intermediate_size"] != shared.ffn_hidden_size
 
 
+@pytest.mark.parametrize(("size", "count"), [(512, 1), (1536, 3)])
+def test_the_number_of_shared_experts_is_what_the_plan_makes_of_their_size(size: int, count: int) -> None:
+    """Published are two of 1408; whatever their size became, they are as many experts of 512."""
+    facts, model = published("DeepSeek-V2-Lite")
+    plan = plan_of(model)
+    other = replace(plan, after=changed(plan.after, moe_shared_expert_intermediate_size=size))
+    assert twin(facts, other).text_config["n_shared_experts"] == count
+
+
+def test_a_part_of_a_shared_expert_is_no_twin() -> None:
+    facts, model = published("DeepSeek-V2-Lite")
+    plan = plan_of(model)
+    other = replace(plan, after=changed(plan.after, moe_shared_expert_intermediate_size=768))
+    with pytest.raises(NoTwin, match=r"n_shared_experts: .* is not whole"):
+        twin(facts, other)
+
+
 @pytest.mark.parametrize("wrong", [{"moe_router_num_groups": None, "moe_router_group_topk": None}])
 def test_published_groups_of_experts_stay_where_the_preset_has_none(wrong: dict[str, Any]) -> None:
     made = twin_of("DeepSeek-R1", **wrong).text_config

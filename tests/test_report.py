@@ -139,7 +139,8 @@ def test_the_environment_names_versions_without_importing_them() -> None:
     environment, torch_imported = json.loads(done.stdout)
     assert not torch_imported
     assert set(environment) == {"python", "platform", "packages", "devices"}
-    assert set(environment["packages"]) == {"torch", "megatron-core", "nvidia-modelopt", "transformer-engine"}
+    known = {"torch", "megatron-core", "nvidia-modelopt", "transformer-engine", "transformers"}
+    assert set(environment["packages"]) == known
     assert environment["packages"]["megatron-core"].startswith("0.19")
 
 

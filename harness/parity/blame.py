@@ -120,6 +120,7 @@ class _Row:
     applies: Callable[[Architecture, Facts, int | None], bool]
     words: str
     lift: Lift | None = None
+    known_as: str = ""  # how the published side of it begins in ``families``
 
 
 # The published key of a limit that no flag can lift -> the parts that it changes, and how it is lifted. Those
@@ -141,11 +142,13 @@ def limit_at(site: Site, small: Architecture, arguments: Arguments, facts: Facts
     if any(setting.differs for setting in acting(site.part, arguments, facts)):
         return None
     seen = f"({site.name}: {_by(site.relative)})"
-    for limit in limits(facts):
-        parts, lift = _LIMITED.get(limit.source, (frozenset(), None))
-        if site.part in parts:
-            words = f"{limit.published} published ({limit.source}), which no flag can make: it builds"
-            return Excuse(f"Megatron: {words} {limit.built}, so {limit.effect} {seen}", lift)
+    for source, (parts, lift) in _LIMITED.items():
+        said = [limit for limit in limits(facts) if limit.source == source]
+        if site.part in parts and said:
+            published = ", ".join(limit.published for limit in said)
+            built = ", ".join(limit.built for limit in said)
+            words = f"{published} published ({source}), which no flag can make: it builds {built}, so"
+            return Excuse(f"Megatron: {words} {said[0].effect} {seen}", lift)
     row = _known(site.part, small, facts, site.layer)
     if row is not None:
         return Excuse(f"Megatron: {row.words} {seen}", row.lift)
@@ -154,8 +157,10 @@ def limit_at(site: Site, small: Architecture, arguments: Arguments, facts: Facts
 
 def not_reached(facts: Facts, excused: Sequence[str], tokens: int) -> Iterator[Finding]:
     """A warning for each published thing that no flag can say and that did not act in so many tokens."""
+    known = {row.known_as for row in _ROWS if any(row.words in words for words in excused)} - {""}
     for limit in limits(facts):
-        if not any(limit.published in words for words in excused):
+        seen = any(limit.published in words for words in excused)
+        if not seen and not any(limit.published.startswith(start) for start in known):
             message = f"{limit.published} published ({limit.source}), which no flag can make: Megatron builds"
             message += f" {limit.built}, so {limit.effect}; nothing of it shows in {tokens} tokens"
             yield Finding(_STAGE, Severity.WARNING, message, expected=limit.published, actual=limit.built)
@@ -196,6 +201,7 @@ _ROWS: tuple[_Row, ...] = (
         _l2_without_rope,
         "it norms queries and keys in every layer, the published model not in those without rotary positions",
         no_norm_without_rotation,
+        "an L2 norm on the layers with rotary positions",
     ),
     _Row(
         frozenset({Part.QUERY_NORM, Part.KEY_NORM}),
@@ -265,6 +271,7 @@ def _left_over(imported: Imported, small: Twin, arguments: Arguments, facts: Fac
     for names, what in (
         (imported.unread, "the checkpoint's {} has no place in the model of the preset"),
         (imported.unfilled, "the published checkpoint has nothing for {} of the model of the preset"),
+        (imported.overwritten, "the checkpoint has numbers for {}, a constant in the model of the preset"),
     ):
         for part, some in _by_part(names).items():
             yield _at(what.format(_some(tuple(some))), _settings(part, arguments, facts), arguments, some[0])

@@ -37,37 +37,39 @@ _PACKED = re.compile(r"\.experts\.(gate_up|down)_proj$")
 def build(twin: Twin) -> PreTrainedModel:
     """The model of ``twin`` on the CPU: float32, evaluating, filled.
 
-    Raises NoTwin where a published setting would have no effect.
+    Mamba's scan in plain torch still wants ``corrections.correct``, which depends on the length of the
+    tokens. Raises NoTwin where a published setting would have no effect.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.initialization import no_init_weights
 
-    outer = transformers.AutoConfig.for_model(**_arguments(twin.config))
+    try:
+        outer = transformers.AutoConfig.for_model(**_arguments(twin.config))
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split())
+        raise NoTwin(f"transformers' own configuration refuses what is published: {reason}") from error
     config: Any = outer.get_text_config()
     text = twin.text_config
     check_in_effect(text, config)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
-    for key, value in _HOW.items():
-        if hasattr(config, key):
-            setattr(config, key, value)
+    if hasattr(config, "use_mamba_kernels"):
+        config.use_mamba_kernels = False  # theirs are not exact, and loading them may ask the network
     name, _ = _LANGUAGE_MODELS.get(twin.architecture, (twin.architecture, ""))
     with no_init_weights():
         model: Any = getattr(transformers, name)(config)
     model.tie_weights()
     if text.get("tie_word_embeddings") and model.lm_head.weight is not model.get_input_embeddings().weight:
-        raise NoTwin(f"tie_word_embeddings is on, transformers' code of {config.model_type} does not tie them")
+        raise NoTwin(
+            f"tie_word_embeddings is on, transformers' code of {config.model_type} does not tie them"
+        )
     model.float().eval().requires_grad_(False)
     fill(model, _SEED)
     _silence(model, twin)
     correct(model, text)
     found: PreTrainedModel = model
     return found
-
-
-# How a result is computed, never what it is: Mamba's plain scan holds a tensor of a chunk by a chunk for
-# every head and state, which at the published 128 or 256 takes seconds and gigabytes.
-_HOW = {"use_mamba_kernels": False, "chunk_size": 16}
 
 
 def _silence(model: nn.Module, twin: Twin) -> None:

@@ -109,7 +109,10 @@ def _round_trip(
                 moe_router_dtype=model.config.moe_router_dtype,
             )
     except Exception as error:
-        words = Raised.of(error).text.replace(str(source), "the published checkpoint")
+        raised = Raised.of(error)
+        if raised.owner is None:
+            raise
+        words = raised.text.replace(str(source), "the published checkpoint")
         return Exported((), words.replace(str(target), "the exported one"), "nothing exported")
     return judged(source, target, expecteds, model, small)
 

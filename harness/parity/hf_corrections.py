@@ -6,7 +6,7 @@ Each is declared in words by ``corrections`` and made by ``correct``; there is n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,8 @@ def correct(model: nn.Module, config: Mapping[str, Any]) -> None:
     """Give the attentions of ``model`` the scale that the publisher's own code has."""
     for row in _ATTENTION_SCALES:
         if _applies(row, config):
-            for module in model.modules():
+            modules: Iterable[Any] = model.modules()
+            for module in modules:
                 if hasattr(module, "scaling") and hasattr(module, "kv_b_proj"):
                     module.scaling = module.scaling * row.factor(config)
 

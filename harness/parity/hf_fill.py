@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,12 +114,12 @@ def _scale(model: nn.Module, name: str, tensor: Tensor) -> Tensor | float:
         return _SMALL
     if module == "kv_a_proj_with_mqa":
         # The latent has a norm too, the rotated keys beside it have none.
-        latent = model.config.kv_lora_rank  # type: ignore[union-attr]
+        latent: Any = model.config.kv_lora_rank  # type: ignore[union-attr]
         return _rows(tensor, latent, _SMALL, _SHARPNESS)
     if module == "in_proj":
         # The gates, which come first: their products with the output are normed.
-        inner = model.get_submodule(parent).intermediate_size
-        return _rows(tensor, inner, _SMALL, 1.0)  # type: ignore[arg-type]
+        inner: Any = model.get_submodule(parent).intermediate_size
+        return _rows(tensor, inner, _SMALL, 1.0)
     return _SHARPNESS if module in _SHARP else 1.0
 
 

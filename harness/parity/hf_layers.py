@@ -53,17 +53,14 @@ def published_kinds(family: Family, config: Config) -> tuple[Kind, ...]:
     count = layer_count(config)
     if count is None:
         raise NoTwin("num_hidden_layers is not published")
-    moe: Sequence[int] | None = (0,) * count
-    if family.experts is not None:
-        moe, key = moe_pattern(family, config)
-        if moe is None:
-            raise NoTwin(f"{key}: which layers hold experts is not published")
+    none: Sequence[int] = (0,) * count
+    moe, key = moe_pattern(family, config) if family.experts is not None else (none, "")
+    if moe is None:
+        raise NoTwin(f"{key}: which layers hold experts is not published")
     window = _windowed(family, config, count)
-    skips: Sequence[int] | None = (0,) * count
-    if family.no_rope_interval:
-        skips, key = no_rope_pattern(family, config)
-        if skips is None:
-            raise NoTwin(f"{key}: which layers have rotary positions is not published")
+    skips, key = no_rope_pattern(family, config) if family.no_rope_interval else (none, "")
+    if skips is None:
+        raise NoTwin(f"{key}: which layers have rotary positions is not published")
     return tuple(
         Kind("", bool(experts), bool(windowed), not skipped)
         for experts, windowed, skipped in zip(moe, window, skips, strict=True)
@@ -125,7 +122,9 @@ def _cheapest(
     def own(index: int) -> int:
         return _DISPUTED if index in disputed else 0
 
-    best = {index: (own(index), (index,)) for index in places[wanted[0]]}
+    best: dict[int, tuple[int, tuple[int, ...]]] = {
+        index: (own(index), (index,)) for index in places[wanted[0]]
+    }
     for kind in wanted[1:]:
         onward = {}
         for index in places[kind]:

@@ -116,8 +116,8 @@ def tiny_sizes(family: Family, config: Config, plan: ShrinkPlan) -> dict[str, An
 def _another(published: int, before: Any, after: Any, unit: int, plan: ShrinkPlan) -> int:
     """``published`` shrunk as the preset's value is, or as the hidden size where the preset has none."""
     if not isinstance(before, int) or not isinstance(after, int) or before < 1:
-        before, after = plan.before.hidden_size, plan.after.hidden_size
-        return max(unit, round(published * after / before / unit) * unit)
+        share = plan.after.hidden_size / plan.before.hidden_size
+        return max(unit, round(published * share / unit) * unit)
     return _nearest(published * after / before, unit, after)
 
 

@@ -29,7 +29,8 @@ class Imported:
     """What came of an import.
 
     ``read`` and ``unread`` are tensors of the checkpoint; ``unfilled`` parameters and expert biases of the
-    model, whole or in part; ``ours`` rules that this package adds to the importer's, in words; ``missing``
+    model, whole or in part; ``overwritten`` tensors of the model that are no parameters, and constants where
+    no import writes to them; ``ours`` rules that this package adds to the importer's, in words; ``missing``
     rules that neither has, by the importer's name for them; ``raised`` what stopped it, and ``last`` the
     tensor that it read before.
     """
@@ -41,10 +42,11 @@ class Imported:
     missing: tuple[str, ...]
     raised: Raised | None
     last: str = ""
+    overwritten: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
-        return not (self.unread or self.unfilled or self.missing or self.raised)
+        return not (self.unread or self.unfilled or self.overwritten or self.missing or self.raised)
 
 
 def import_checkpoint(model: nn.Module, folder: Path) -> Imported:
@@ -57,6 +59,7 @@ def import_checkpoint(model: nn.Module, folder: Path) -> Imported:
         from modelopt.torch.export import import_mcore_gpt_from_hf
 
     empty(model)
+    constants = {name: tensor.clone() for name, tensor in _constants(model)}
     asked: dict[str, None] = {}
     read: dict[str, None] = {}
     ours: dict[str, str] = {}
@@ -74,6 +77,9 @@ def import_checkpoint(model: nn.Module, folder: Path) -> Imported:
         missing=tuple(asked),
         raised=raised,
         last=next(reversed(read), ""),
+        overwritten=tuple(
+            name for name, tensor in _constants(model) if _differ(tensor, constants.get(name, tensor))
+        ),
     )
 
 
@@ -94,6 +100,19 @@ def _stored(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, buffer in model.named_buffers():
         if name.endswith(".expert_bias"):
             yield name, buffer
+
+
+def _constants(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that modules have as plain attributes; no checkpoint of Megatron's holds them."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                yield f"{path}.{name}", value
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """A cache that is still as it was allocated may hold what is no number, and equals itself."""
+    return one.shape != other.shape or not bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def tensors_of(folder: Path) -> set[str]:
@@ -165,7 +184,7 @@ def _with_rules(asked: dict[str, None], ours: dict[str, str]) -> Iterator[None]:
             if self.arch not in filled:
                 asked[f"for {self.arch} at all"] = None
             rules = added(self.arch, known.get(self.arch, {}))
-            own = {rule.name: rule.words(self.arch) for rule in rules}
+            own = {rule.name: rule.words for rule in rules}
             book = {**filled.get(self.arch, {}), **by_hand(self.arch, self)}
             return {**filled, self.arch: RuleBook(book, {**own, **words_by_hand(self.arch)}, asked, ours)}
 

@@ -27,8 +27,9 @@ class Ours:
 
         return CustomModuleMapping(self.do, self.prefix, dict(self.options))
 
-    def words(self, architecture: str) -> str:
-        return f"{architecture} {self.name} from {self.prefix}* (ours: ModelOpt's importer has no such rule)"
+    @property
+    def words(self) -> str:
+        return f"{self.name} from {self.prefix}*"
 
 
 _COPY, _QKV, _GATED = "name_remapping", "qkv_merging", "gated_mlp_merging"
@@ -133,9 +134,7 @@ def words_by_hand(architecture: str) -> Mapping[str, str]:
     """What the report says of each rule of ``by_hand``."""
     if architecture not in _FUSED:
         return {}
-    prefix = _FUSED[architecture]
-    words = f"linear_qkv from {prefix}weight, its rows put group by group (ours: ModelOpt's importer has no"
-    return {"linear_qkv": f"{architecture} {words} such rule)"}
+    return {"linear_qkv": f"linear_qkv from {_FUSED[architecture]}weight, its rows put group by group"}
 
 
 # Queries, keys and values in one matrix, all heads of each in a row.

@@ -7,7 +7,7 @@ a limit of the importer or of Megatron is none, and excuses nothing but the part
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,6 @@ from harness.parity.blame import (
 )
 from harness.parity.compare import TOLERANCES, Comparison, compare
 from harness.parity.corrections import correct
-from harness.parity.hf_corrections import corrections as hf_corrections
 from harness.parity.importing import Imported, import_checkpoint
 from harness.parity.settings import completed
 from harness.parity.twin import NoTwin, Twin, twin
@@ -41,6 +40,7 @@ from harness.trace import sequence_length, token_ids
 from harness.world import open_world
 
 if TYPE_CHECKING:
+    from harness.arguments import Arguments
     from harness.facts import Facts
     from harness.parity.site import Site
     from harness.shrink import ShrinkPlan
@@ -99,8 +99,8 @@ def _proved(
     arguments = plan.before.arguments
     try:
         model = build_model(plan.after, Layout(), device, dtype=torch.float32)
-    except Exception as error:  # Megatron's: its words are the result
-        return Parity((build_finding(Raised.of(error), arguments, facts),), "", "")
+    except Exception as error:
+        return _raised(error, arguments, facts)
     imported = import_checkpoint(model, folder)
     if not imported.complete:
         limit = import_limit(imported, small, plan.after, arguments, facts)
@@ -109,17 +109,14 @@ def _proved(
         return Parity(tuple(import_findings(imported, small, arguments, facts)), "", "")
     vocabulary = min(plan.after.padded_vocab_size, published.config.get_text_config().vocab_size)
     tokens = token_ids(vocabulary, BATCH_SIZE, _length(plan, small), device)
-    corrections = (*hf_corrections(small.config), *correct(published, tokens.shape[1]))
+    corrections = correct(published, tokens.shape[1])
     excuses: list[str] = []
     with ExitStack() as lifted:
         while True:
             try:
                 comparison = compare(published, model, tokens, TOLERANCES[device.type])
             except Exception as error:
-                raised = Raised.of(error)
-                if raised.owner is None:
-                    raise
-                return Parity((build_finding(raised, arguments, facts),), "", "")
+                return _raised(error, arguments, facts)
             detail = "; ".join((_detail(imported, small, comparison), *corrections))
             proved = Parity((), "; ".join(excuses), detail, comparison.relative, comparison.sites)
             if comparison.first is None:
@@ -135,10 +132,17 @@ def _proved(
             lifted.enter_context(excuse.lift(published, model))
 
 
+def _raised(error: Exception, arguments: Arguments, facts: Facts) -> Parity:
+    """What Megatron raised is a finding; what this package raised comes through."""
+    raised = Raised.of(error)
+    if raised.owner is None:
+        raise error
+    return Parity((build_finding(raised, arguments, facts),), "", "")
+
+
 def _length(plan: ShrinkPlan, small: Twin) -> int:
     """Tokens of a sequence: beyond the windows of both sides, where they are short enough to be reached."""
-    config: Mapping[str, Any] = small.config.get("text_config", small.config)
-    window = config.get("sliding_window")
+    window = small.text_config.get("sliding_window")
     reach = window + _BEYOND if isinstance(window, int) and window <= _LONGEST_WINDOW else 0
     length = max(_SHORTEST, reach, sequence_length(plan.after))
     return min(length, plan.after.max_position_embeddings)
@@ -148,7 +152,12 @@ def _detail(imported: Imported, small: Twin, comparison: Comparison | None) -> s
     parts = [f"{len(imported.read)} tensors of {small.architecture}"]
     if comparison is not None:
         parts = [f"logits agree to {comparison.relative:.1e}, {len(comparison.sites)} parts", *parts]
-    parts += [*imported.ours, *small.assumed, *(f"left out: {what}" for what in small.left_out)]
+    if imported.ours:
+        parts.append(f"ours, as ModelOpt's importer has no such rule: {', '.join(imported.ours)}")
+    window = small.text_config.get("sliding_window")
+    if isinstance(window, int) and window > _LONGEST_WINDOW:
+        parts.append(f"windows of {window} tokens are not reached")
+    parts += [*small.assumed, *(f"left out: {what}" for what in small.left_out)]
     return "; ".join(parts)
 
 
