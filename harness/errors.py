@@ -88,3 +88,9 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def reason_of(error: Exception) -> str:
+    """Why a case has no verdict, when this came out of it: no memory, or the harness' own fault."""
+    words = f"{type(error).__name__}: {error}".removesuffix(": ")
+    return f"{'out of memory' if out_of_memory(error) else 'the harness failed'}: {words}"

@@ -15,5 +15,8 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; 
 for _descriptor in (1, 2):
     os.dup2(os.open(os.devnull, os.O_WRONLY), _descriptor)
 
+# oneDNN keeps a kernel for each shape it has seen, a thousand unless told: some 10 MB with every model.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+
 # torch.cuda.is_available() asks the CUDA runtime otherwise, which a fork does not survive.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"

@@ -19,7 +19,7 @@ from harness.arguments import Arguments, How, Origin
 from harness.arguments.modelled import unmodelled
 from harness.audit import audit
 from harness.case import PARITY, Case, CaseReport, Outcome, ShrinkReport
-from harness.errors import RankLost, UnknownLayout, UsageError
+from harness.errors import RankLost, UnknownLayout, UsageError, reason_of
 from harness.finding import Finding, Severity, has_errors
 from harness.inventory import counts
 from harness.layout import Layout
@@ -101,8 +101,7 @@ def check(case: Case, watch: Watch | None = None, full_width: bool = False) -> C
     except RankLost as lost:
         report = _error(run, case, str(lost), lost.log)
     except Exception as error:
-        reason = f"the harness failed: {type(error).__name__}: {error}"
-        report = _error(run, case, reason, traceback.format_exc())
+        report = _error(run, case, reason_of(error), traceback.format_exc())
     return replace(report, seconds=perf_counter() - start)
 
 

@@ -15,7 +15,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from harness.case import STAGES, Check, Outcome, StageReport
-from harness.errors import UnsupportedModel, UsageError
+from harness.errors import UnsupportedModel, UsageError, out_of_memory
 from harness.finding import Finding, Severity, has_errors
 from harness.layout import Layout
 from harness.layout_rules import Owner
@@ -305,6 +305,7 @@ class Stage:
     def foreign(self, model: Any = None) -> Iterator[None]:
         """Call Megatron or ModelOpt: what they raise is a finding, and the stage of no further use.
 
+        That there is no more memory is none: it says nothing of the preset, and comes through.
         Of ``model``, where one is at work, the finding names the innermost module that was.
         """
         try:
@@ -312,6 +313,8 @@ class Stage:
         except (UsageError, UnsupportedModel):
             raise
         except Exception as error:
+            if out_of_memory(error):
+                raise
             self.watch.raised(self, error)
             self.raised = Raised.of(error)
             self.findings.append(self.raised.finding(self.name, *_at_work(error, model)))

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.case import Case, CaseReport, Outcome, StandInReport
 from harness.devices import Share
-from harness.errors import UsageError, out_of_memory
+from harness.errors import UsageError, reason_of
 from harness.processes import die_with_parent, how_it_ended, pin_threads
 from harness.report import result_from_json, result_to_json, stand_ins
 from harness.stacks import has_stack, recent_last
@@ -295,6 +295,4 @@ def safely(check: Check, case: Case) -> CaseReport:
     except UsageError as error:
         return CaseReport(case, Outcome.ERROR, 0.0, reason=str(error))
     except Exception as error:
-        words = f"{type(error).__name__}: {error}".removesuffix(": ")
-        reason = f"{'out of memory' if out_of_memory(error) else 'the harness failed'}: {words}"
-        return CaseReport(case, Outcome.ERROR, 0.0, reason=reason, log=traceback.format_exc())
+        return CaseReport(case, Outcome.ERROR, 0.0, reason=reason_of(error), log=traceback.format_exc())

@@ -316,6 +316,26 @@ def test_the_harness_own_exception_is_an_error_with_its_traceback(
     assert not errors(report.findings), "nothing is said against the preset"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("target", [f"{MODEL}.forward", "modelopt.torch.quantization.quantize"])
+def test_that_memory_ran_out_is_said_and_is_no_fault_of_a_preset(
+    monkeypatch: pytest.MonkeyPatch, target: str, error: Exception
+) -> None:
+    monkeypatch.setattr(target, raising(error))
+    report = check(CASE)
+    assert report.outcome is Outcome.ERROR
+    assert report.reason.startswith(f"out of memory: {type(error).__name__}")
+    assert not errors(report.findings)
+
+
 def test_after_any_failure_the_next_case_passes(passed: CaseReport) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(f"{MODEL}.forward", raising(RuntimeError("once")))

@@ -62,18 +62,29 @@ def test_the_first_command_checks_every_preset(tmp_path: Path) -> None:
 
 @pytest.fixture
 def broken(tmp_path: Path) -> Path:
-    """The presets with the two mistakes that the README tells of."""
+    """The presets with the mistakes that the README tells of."""
     shutil.copytree(ROOT / "presets", tmp_path / "presets")
-    preset = tmp_path / "presets" / "Qwen" / "Qwen3-8B.sh"
-    text = preset.read_text().replace("--num-query-groups 8", "--num-query-groups 4")
-    preset.write_text(re.sub(r".*--norm-epsilon.*\n", "", text))
+    for name, cut, put in (
+        ("Qwen/Qwen3-8B", "--num-query-groups 8", "--num-query-groups 4"),
+        ("Qwen/Qwen3-8B", r".*--norm-epsilon.*\n", ""),
+        ("Qwen/Qwen3-0.6B", "--kv-channels 128", "--kv-channels 127"),
+        ("deepseek-ai/DeepSeek-V2-Lite", "--kv-lora-rank 512", "--kv-lora-rank 500"),
+    ):
+        preset = tmp_path / "presets" / f"{name}.sh"
+        text, count = re.subn(cut, put, preset.read_text())
+        assert count == 1
+        preset.write_text(text)
     return tmp_path
 
 
-def test_the_failure_report_is_what_the_tool_prints(broken: Path) -> None:
-    done = harness("check", "Qwen3-8B", "--recipe", "fp8", "--device", "cpu", cwd=broken)
+def test_the_failure_reports_are_what_the_tool_prints(broken: Path) -> None:
+    names = ("Qwen3-8B", "Qwen3-0.6B", "DeepSeek-V2-Lite")
+    done = harness("check", *names, "--recipe", "fp8", "--device", "cpu", cwd=broken)
     assert done.returncode == 1
-    assert BLOCKS[1] in done.stdout
+    shown = [block for block in BLOCKS if "  again: harness check" in block]
+    assert len(shown) == len(names)
+    for block in shown:
+        assert block in done.stdout
 
 
 def test_the_tree_names_every_file() -> None:

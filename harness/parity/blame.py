@@ -81,8 +81,8 @@ def _at(
     others = [setting.text for setting in settings if not setting.differs][:_SETTINGS]
     if wrong:
         message = f"{'; '.join(wrong)}; {message}"
-    if others:
-        message += f". {'Also acting' if wrong else 'Acting'} there: {', '.join(others)}"
+    if others and not wrong:
+        message += f". Acting there: {', '.join(others)}"
     if suspect is None:
         return Finding(_STAGE, Severity.ERROR, message, module=module)
     found = arguments.finding(

@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from harness.errors import out_of_memory
 from harness.parity.rules import OURS, added, by_hand, words_by_hand
 from harness.stages import Raised
 from harness.standins.output import captured, import_foreign
@@ -68,6 +69,8 @@ def import_checkpoint(model: nn.Module, folder: Path) -> Imported:
         try:
             import_mcore_gpt_from_hf(model, str(folder), dtype=torch.float32)
         except Exception as error:  # the importer's, whatever it is: its words are the result
+            if out_of_memory(error):
+                raise
             raised = Raised.of(error)
     return Imported(
         read=frozenset(read),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from harness.build import build_model
+from harness.errors import out_of_memory
 from harness.finding import Finding
 from harness.layout import Layout
 from harness.parity import checkpoint
@@ -133,9 +134,9 @@ def _proved(
 
 
 def _raised(error: Exception, arguments: Arguments, facts: Facts) -> Parity:
-    """What Megatron raised is a finding; what this package raised comes through."""
+    """What Megatron raised is a finding; what this package raised comes through, and that memory ran out."""
     raised = Raised.of(error)
-    if raised.owner is None:
+    if raised.owner is None or out_of_memory(error):
         raise error
     return Parity((build_finding(raised, arguments, facts),), "", "")
 
