@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from sessions import session, wait_until_empty
 
 from harness.report import read_report
 
@@ -109,26 +110,6 @@ def tree(tmp_path: Path) -> Path:
     for name in [*GOOD, *REASONS]:
         (folder / f"{name}.sh").write_text("MODEL_ARGS=' --num-layers 2'\n")
     return tmp_path
-
-
-def session(leader: int) -> list[str]:
-    """The command lines of the processes of a session that live."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            state, _, _, sid = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-            if entry.name.isdigit() and int(sid) == leader and state != "Z":
-                found.append((entry / "cmdline").read_text().replace("\0", " "))
-        except OSError:
-            continue
-    return found
-
-
-def wait_until_empty(leader: int) -> list[str]:
-    deadline = time.monotonic() + 10
-    while (left := session(leader)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return left
 
 
 Start = Callable[..., subprocess.Popen[str]]

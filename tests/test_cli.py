@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from sessions import session, wait_until_empty
 
 from harness import cli, pipeline, runner
 from harness.case import Case, CaseReport, Outcome, StageReport
@@ -600,26 +601,6 @@ if __name__ == "__main__":
     runner.run_cases = functools.partial(runner.run_cases, check=check, preload=())
     cli.main()
 """
-
-
-def session(leader: int) -> list[str]:
-    """The command lines of the processes of a session that live."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            state, _, _, sid = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-            if entry.name.isdigit() and int(sid) == leader and state != "Z":
-                found.append((entry / "cmdline").read_text().replace("\0", " "))
-        except OSError:
-            continue
-    return found
-
-
-def wait_until_empty(leader: int) -> list[str]:
-    deadline = time.monotonic() + 10
-    while (left := session(leader)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return left
 
 
 @pytest.fixture

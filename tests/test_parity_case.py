@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from broken import TEXTS, edit, write_copy
 
 from harness import small_model
 from harness.case import PARITY, Case, CaseReport, Check, Outcome, StageReport
@@ -23,7 +24,6 @@ from harness.pipeline import check
 from harness.preset import find_presets
 from harness.selection import cases_of, checks_named
 from harness.small_model import INSTALL_PARITY
-from tests.broken import TEXTS, edit, write_copy
 
 ROOT = Path(__file__).parent.parent
 CASE = Case("Qwen/Qwen3-0.6B", str(ROOT / "presets/Qwen/Qwen3-0.6B.sh"), PARITY, Layout(), "cpu")
