@@ -23,6 +23,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from harness import host
 from harness.case import Case, CaseReport, Outcome, StandInReport
 from harness.devices import Share
 from harness.errors import UsageError, reason_of
@@ -220,11 +221,11 @@ def _work(messages: Connection, output: Connection, check: Check, share: Share) 
     multiprocessing.set_start_method("fork", force=True)
     os.environ.update(share.environment)
     pin_threads(share.threads)
-    unlimited, first = True, 0
+    first = 0
     for case, timeout in _received_cases(messages):
-        if unlimited and case.device == "cpu":  # CUDA's driver takes host memory as it likes
-            limit_memory(share.host_bytes)
-            unlimited = False
+        if case.device == "cpu":  # CUDA's driver takes host memory as it likes
+            # Few cases need much: one may have more than its share where the others leave it.
+            limit_memory(max(share.host_bytes, host.free_memory()))
         messages.send_bytes(b"null")
         if timeout is not None:
             faulthandler.dump_traceback_later(timeout, file=output.fileno())
@@ -269,6 +270,11 @@ def give_back_memory() -> int:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)
+    return resident_bytes()
+
+
+def resident_bytes() -> int:
+    """What this process has in memory."""
     return _pages(1)
 
 

@@ -1,5 +1,5 @@
-"""Hypothesis for machines that are busy: a slow draw is no failure. And no threads of worlds long closed,
-and nothing on the page of a run on GitHub."""
+"""Hypothesis for machines that are busy: a slow draw is no failure. And no threads of worlds long closed, no
+models of tests long over, and nothing on the page of a run on GitHub."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from harness.worker import give_back_memory, resident_bytes
+
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
 
 # Of one world that is open.
 _MANY_THREADS = 100
+# More than what is imported, and the two largest tiny models.
+_MUCH_MEMORY = 6 << 30
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +29,7 @@ def _no_step_summary(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_threads_left() -> Iterator[None]:
+def _no_models_left() -> Iterator[None]:
     """A model that a test still holds when its world closes keeps the threads of gloo's groups alive.
 
     They go with the model, which goes with a full collection; by itself that comes after thousands of them.
@@ -33,5 +37,6 @@ def _no_threads_left() -> Iterator[None]:
     yield
     tasks = Path("/proc/self/task")
     count = len(list(tasks.iterdir())) if tasks.is_dir() else threading.active_count()
-    if count > _MANY_THREADS:
+    if count > _MANY_THREADS or resident_bytes() > _MUCH_MEMORY:
         gc.collect()
+        give_back_memory()
