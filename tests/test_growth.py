@@ -16,8 +16,8 @@ def test_no_process_that_lives_throughout_grows() -> None:
     assert noted.outcomes == ["passed"] * CASES
     ratios = noted.ratios
     assert os.getpid() in ratios
-    # The fork server and the worker are those with torch.
-    assert sum(noted.resident[-1][pid] > 300 for pid in ratios) == 2, noted.resident
+    # The worker has torch, and the fork server if an earlier test started none without it.
+    assert sum(noted.resident[-1][pid] > 300 for pid in ratios) in (1, 2), noted.resident
     assert all(ratio <= 1.05 for ratio in ratios.values()), (noted.resident, noted.threads)
     for pid in ratios:  # gloo's threads among them
         assert noted.threads[-1][pid] <= noted.threads[0][pid], noted.threads
