@@ -14,12 +14,14 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed
+from torch.distributed import distributed_c10d
 
 from harness.case import StandInReport
 from harness.errors import UsageError
@@ -59,7 +61,14 @@ def open_world(
 
     if distributed.is_initialized():
         raise UsageError("a process group is open already in this process")
-    with _collected(), _random_numbers(device), _reproducible(device):
+    alone = layout.world_size > 1 and meeting is None
+    gloo = device.type == "cpu" and not alone
+    with (
+        _collected(),
+        _one_gloo_device() if gloo else nullcontext(),
+        _random_numbers(device),
+        _reproducible(device),
+    ):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         excepthook = sys.excepthook  # torch wraps it with each group, and never takes it back
@@ -143,6 +152,27 @@ def _globals(module: ModuleType) -> dict[str, Any]:
         for name, value in vars(module).items()
         if name.startswith("_") and isinstance(value, int | float | str | list | dict | set | None)
     }
+
+
+@contextmanager
+def _one_gloo_device() -> Iterator[None]:
+    """All groups that gloo makes inside share a device, the thread that listens for what comes in.
+
+    Each would have its own, which takes some 5 ms to end: 0.1 s of waiting for the twenty groups that
+    Megatron makes of every model.
+    """
+    plain: Any = distributed.ProcessGroupGloo
+    device = plain.create_default_device()
+
+    class ProcessGroupGloo(plain):  # type: ignore[misc]
+        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta, **more: Any) -> None:
+            options = plain._Options()
+            for name, value in {"_devices": [device], "_timeout": timeout, **more}.items():
+                setattr(options, name, value)
+            super().__init__(store, rank, size, options)
+
+    with patched(distributed_c10d, "ProcessGroupGloo", ProcessGroupGloo):
+        yield
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def observed(model: nn.Module) -> Iterator[Observed]:
     def leave(path: str) -> Any:
         def left(quantizer: TensorQuantizer, *_: Any) -> None:
             seen.running.pop()
-            if quantizer.is_enabled and quantizer.is_static_block_quant:
+            if quantizer.is_static_block_quant:
                 for use in _static(quantizer):
                     seen.add(path, use)
 
@@ -102,7 +102,7 @@ def observed(model: nn.Module) -> Iterator[Observed]:
     for path, module in model.named_modules():
         if isinstance(module, QuantModule):
             hooks.append(module.register_forward_pre_hook(called(path)))
-        if isinstance(module, TensorQuantizer):
+        if isinstance(module, TensorQuantizer) and module.is_enabled:
             hooks += [
                 module.register_forward_pre_hook(enter(path)),
                 module.register_forward_hook(leave(path)),

@@ -81,11 +81,14 @@ def check_amax(model: nn.Module, recipe: Recipe, values: bool = True) -> tuple[F
 
 
 def _bad_amax(model: nn.Module, values: bool) -> Iterator[Finding]:
-    for path, quantizer in quantizers(model):
-        if not quantizer.is_enabled or not _needs_amax(quantizer):
-            continue
+    calibrated = [
+        (path, quantizer, getattr(quantizer, "_amax", None))
+        for path, quantizer in quantizers(model)
+        if quantizer.is_enabled and _needs_amax(quantizer)
+    ]
+    sound = values and _all_positive([amax for *_, amax in calibrated if amax is not None])
+    for path, quantizer, amax in calibrated:
         module, attribute = place(path)
-        amax = getattr(quantizer, "_amax", None)
         if amax is None:
             yield finding(module, f"{attribute} has no amax: it never saw data", "a positive amax", None)
             continue
@@ -93,8 +96,16 @@ def _bad_amax(model: nn.Module, values: bool) -> Iterator[Finding]:
         if rows is not None and amax.numel() != rows:
             what = f"{attribute} has {amax.numel()} amax, expected {rows}"
             yield finding(module, what, rows, amax.numel())
-        elif values:
+        elif values and not sound:
             yield from not_positive(module, f"{attribute} amax", amax)
+
+
+def _all_positive(values: Sequence[torch.Tensor]) -> bool:
+    """Whether every number is finite and positive: one look at all, as most are small."""
+    if not values:
+        return True
+    numbers = torch.cat([each.detach().flatten().float() for each in values])
+    return bool((torch.isfinite(numbers) & (numbers > 0)).all())
 
 
 def _rows_of_amax(module: nn.Module, attribute: str, quantizer: TensorQuantizer) -> int | None:

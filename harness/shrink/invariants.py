@@ -265,11 +265,9 @@ def ffn_ratio_kept(ffn: int, hidden: int, small_ffn: int, small_hidden: int) -> 
 
 def _unchanged(before: Architecture, after: Architecture, layout: Layout) -> Judgement:
     left, right = before.arguments.values, after.arguments.values
-    changed = [
-        dest
-        for dest in sorted(left.keys() | right.keys())
-        if dest not in SIZE_ARGUMENTS and left.get(dest) != right.get(dest)
-    ]
+    changed = sorted(
+        dest for dest in (left.keys() | right.keys()) - SIZE_ARGUMENTS if left.get(dest) != right.get(dest)
+    )
     count = len(left.keys() - SIZE_ARGUMENTS)
     return f"{count} arguments", ", ".join(changed) or f"{count} arguments, unchanged", not changed
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 from harness.standins.patching import patched
@@ -35,15 +37,17 @@ def replace_function(
 
 @contextmanager
 def install() -> Iterator[None]:
-    from modelopt.torch.quantization.utils import core_utils
-
-    original = getattr(core_utils, _NAME)
-    users = [
-        module
-        for name, module in list(sys.modules.items())
-        if name.startswith("modelopt.") and vars(module).get(_NAME) is original
-    ]
     with ExitStack() as stack:
-        for module in users:
+        for module in _users(len(sys.modules)):
             stack.enter_context(patched(module, _NAME, replace_function))
         yield
+
+
+@lru_cache(maxsize=1)
+def _users(loaded: int) -> tuple[ModuleType, ...]:
+    """The modules of ModelOpt that have the function by name; looked up anew once others are loaded."""
+    return tuple(
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith("modelopt.") and _NAME in vars(module)
+    )

@@ -8,8 +8,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from typing import TextIO
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 
 # The packages whose import says much, in an order in which they load each other.
 _FOREIGN = (
@@ -41,10 +40,44 @@ def captured() -> Iterator[io.StringIO]:
     """Send standard output and error, logging and warnings of this process to one text buffer.
 
     A warning said again is kept once. Exceptions pass through. What a subprocess or C code writes to the
-    descriptors is not caught.
+    descriptors is not caught. May be nested: the innermost buffer has it.
     """
     buffer = io.StringIO()
-    handler = logging.StreamHandler(buffer)
+    logs = nullcontext() if _SINK.buffers else _logging_to_sink()
+    with _SINK.into(buffer), logs, redirect_stdout(_SINK), redirect_stderr(_SINK), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = _show_once()
+        yield buffer
+
+
+class _Sink(io.TextIOBase):
+    """Writes to the innermost buffer. A library that set up its logging inside goes on writing to this one
+    afterwards, which is then standard error."""
+
+    def __init__(self) -> None:
+        self.buffers: list[io.StringIO] = []
+
+    @contextmanager
+    def into(self, buffer: io.StringIO) -> Iterator[None]:
+        self.buffers.append(buffer)
+        try:
+            yield
+        finally:
+            self.buffers.pop()
+
+    def write(self, text: str) -> int:
+        return (self.buffers[-1] if self.buffers else sys.stderr).write(text)
+
+    def writable(self) -> bool:
+        return True
+
+
+_SINK = _Sink()
+
+
+@contextmanager
+def _logging_to_sink() -> Iterator[None]:
+    handler = logging.StreamHandler(_SINK)
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     own = {logger: logger.handlers[:] for logger in _loggers() if logger.handlers}
     for logger in own:
@@ -52,23 +85,11 @@ def captured() -> Iterator[io.StringIO]:
         logger.handlers[:] = [] if logger.propagate and logger is not logging.root else [handler]
     logging.root.handlers[:] = [handler]
     try:
-        with redirect_stdout(buffer), redirect_stderr(buffer), warnings.catch_warnings():
-            warnings.simplefilter("always")
-            warnings.showwarning = _show_once()
-            yield buffer
+        yield
     finally:
         logging.root.handlers[:] = []
         for logger, handlers in own.items():
             logger.handlers[:] = handlers
-        _repoint(buffer, sys.stderr)
-
-
-def _repoint(buffer: io.StringIO, stderr: TextIO) -> None:
-    """A library that set up its logging inside must not go on writing to the buffer."""
-    for logger in _loggers():
-        for handler in logger.handlers:
-            if isinstance(handler, logging.StreamHandler) and handler.stream is buffer:
-                handler.setStream(stderr)
 
 
 def _loggers() -> list[logging.Logger]:
