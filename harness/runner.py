@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from multiprocessing.connection import wait
 from time import monotonic
+from typing import Any
 
 from harness import pipeline
 from harness.case import Case, CaseReport, Outcome
@@ -74,6 +76,7 @@ class _Pool:
         self.waiting = deque(spread(cases))
         self.busy: dict[int, Worker] = {}  # by the case in hand
         self.reports: dict[int, CaseReport] = {}
+        self._shared: dict[object, Any] = {}
 
     def run(self) -> None:
         while len(self.reports) < len(self.cases):
@@ -103,7 +106,14 @@ class _Pool:
             if report is None:
                 continue
             del self.busy[index]
-            self.reports[index] = report
+            self.reports[index] = self._lean(report)
             self.on_done(report)
             if not self.waiting:
                 worker.end()
+
+    def _lean(self, report: CaseReport) -> CaseReport:
+        """The report with what other cases of its preset say as well in common: all are kept to the end."""
+        stand_ins = self._shared.setdefault(report.stand_ins, report.stand_ins)
+        shrink = self._shared.setdefault((report.case.path, report.case.layout), report.shrink)
+        same = shrink == report.shrink
+        return replace(report, stand_ins=stand_ins, shrink=shrink if same else report.shrink)

@@ -154,6 +154,18 @@ def _globals(module: ModuleType) -> dict[str, Any]:
     }
 
 
+_Gloo: Any = distributed.ProcessGroupGloo
+_gloo_devices: list[Any] = []  # of the world that is open
+
+
+class _OfOneDevice(_Gloo):  # type: ignore[misc]
+    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta, **more: Any) -> None:
+        options = _Gloo._Options()
+        for name, value in {"_devices": _gloo_devices, "_timeout": timeout, **more}.items():
+            setattr(options, name, value)
+        super().__init__(store, rank, size, options)
+
+
 @contextmanager
 def _one_gloo_device() -> Iterator[None]:
     """All groups that gloo makes inside share a device, the thread that listens for what comes in.
@@ -161,18 +173,12 @@ def _one_gloo_device() -> Iterator[None]:
     Each would have its own, which takes some 5 ms to end: 0.1 s of waiting for the twenty groups that
     Megatron makes of every model.
     """
-    plain: Any = distributed.ProcessGroupGloo
-    device = plain.create_default_device()
-
-    class ProcessGroupGloo(plain):  # type: ignore[misc]
-        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta, **more: Any) -> None:
-            options = plain._Options()
-            for name, value in {"_devices": [device], "_timeout": timeout, **more}.items():
-                setattr(options, name, value)
-            super().__init__(store, rank, size, options)
-
-    with patched(distributed_c10d, "ProcessGroupGloo", ProcessGroupGloo):
-        yield
+    _gloo_devices[:] = [_Gloo.create_default_device()]
+    try:
+        with patched(distributed_c10d, "ProcessGroupGloo", _OfOneDevice):
+            yield
+    finally:
+        _gloo_devices.clear()
 
 
 @contextmanager

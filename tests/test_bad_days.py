@@ -6,6 +6,7 @@ The good ones are checked by a check without torch too, as what matters here is 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,3 +189,100 @@ def test_what_is_slow_to_import_is_imported_once_a_machine(start: Start, tree: P
     out, _ = process.communicate(timeout=90)
     assert process.returncode == 0, out
     assert len((tree / "imported").read_text().splitlines()) == 1
+
+
+# ---- the same, in the middle of Megatron's forward pass of real models ----
+
+FAULTY = """
+import ctypes, os, time
+from pathlib import Path
+from unittest.mock import patch
+from harness import pipeline
+
+def act(action):
+    import torch
+    if action == "segfault":
+        ctypes.string_at(0)
+    if action == "exit":
+        os._exit(3)
+    if action == "hang":
+        time.sleep(600)
+    if action == "memory":
+        blocks = []
+        while True:
+            blocks.append(torch.empty(1 << 30))  # reserved and never touched
+    if action == "raise":
+        raise RuntimeError("shapes cannot be multiplied")
+
+def check(case, real=pipeline.check):
+    from megatron.core.transformer.mlp import MLP
+
+    action, forward = case.preset.partition("/")[2].partition("-")[0], MLP.forward
+
+    def faulty(*args, **more):
+        act(action)
+        return forward(*args, **more)
+
+    with patch.object(MLP, "forward", faulty):
+        return real(case)
+
+pipeline.check = check
+"""
+
+FAULTY_DRIVER = """
+import functools
+import faulty
+from harness import cli, runner
+
+if __name__ == "__main__":
+    runner.run_cases = functools.partial(runner.run_cases, check=faulty.check)
+    cli.main()
+"""
+# What the first line of the report begins with.
+IN_MEGATRON = {
+    "segfault": "the worker was killed by SIGSEGV",
+    "exit": "the worker exited with code 3",
+    "hang": "timed out after 20 s",
+    "memory": "out of memory: RuntimeError: ",
+    "raise": "raised RuntimeError: shapes cannot be multiplied",
+}
+
+
+@pytest.fixture
+def models(tree: Path) -> Path:
+    """The tree with real models in place of the played ones, bad among good."""
+    shutil.rmtree(tree / "presets")
+    (tree / "presets" / "Org").mkdir(parents=True)
+    (tree / "faulty.py").write_text(FAULTY)
+    (tree / "drive.py").write_text(FAULTY_DRIVER)
+    (tree / "conftest.py").write_text("import faulty\n")
+    source = ROOT / "presets" / "Qwen" / "Qwen3-0.6B.sh"
+    for name in ["good-1", *IN_MEGATRON, "good-2", "zood-3"]:
+        shutil.copy(source, tree / "presets" / "Org" / f"{name}.sh")
+    return tree
+
+
+def test_models_that_fail_in_a_pass_leave_the_others_passing(start: Start, models: Path) -> None:
+    options = ["--recipe", "fp8", "--device", "cpu", "--timeout", "20", "--jobs", "2"]
+    process = start("drive.py", "check", "--presets", "presets", *options)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, out
+    _each_its_own(out)
+    assert "8 cases: 3 passed, 1 failed, 4 error" in out.splitlines()[-1]
+    assert wait_until_empty(process.pid) == []
+
+
+def test_models_that_fail_in_a_pass_leave_the_others_passing_under_pytest(start: Start, models: Path) -> None:
+    process = start(*pytest_command("-n", "2", "--case-timeout", "20"))
+    out, _ = process.communicate(timeout=300)
+    _each_its_own(out)
+    assert "5 failed, 3 passed" in out.splitlines()[-1]
+    assert wait_until_empty(process.pid) == []
+
+
+def _each_its_own(out: str) -> None:
+    for name, reason in IN_MEGATRON.items():
+        assert f"\nOrg/{name}  {reason}" in out, out
+    raised = out.partition("\nOrg/raise  raised ")[2].partition("  again: ")[0].splitlines()
+    assert " in layers.0.mlp, given " in raised[0]
+    assert raised[1] == "  at layers.0.mlp"

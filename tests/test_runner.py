@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 
 from harness import worker
-from harness.case import Case, CaseReport, Outcome, StandInReport
+from harness.case import Case, CaseReport, Outcome, ShrinkReport, StandInReport
 from harness.devices import Share, worker_shares
 from harness.errors import Interrupted, UsageError
 from harness.finding import Finding, Severity
@@ -42,6 +42,10 @@ class Odd:
 
 
 KEPT: list[object] = []
+
+
+def planned(preset: str) -> ShrinkReport:
+    return ShrinkReport({"hidden_size": len(preset), "preset": preset}, {}, ())
 
 
 def play(case: Case) -> CaseReport:
@@ -81,7 +85,8 @@ def play(case: Case) -> CaseReport:
         os.kill(os.getpid(), signal.SIGKILL)
     finding = Finding("audit", Severity.WARNING, "seen", expected=Odd(), actual=(1, 2))
     pid = StandInReport(f"pid {os.getpid()}", "", os.environ["OMP_NUM_THREADS"])
-    return CaseReport(case, Outcome.PASSED, 0.1, findings=(finding,), stand_ins=(pid,))
+    shrink = planned(case.preset)
+    return CaseReport(case, Outcome.PASSED, 0.1, findings=(finding,), stand_ins=(pid,), shrink=shrink)
 
 
 def run(*presets: str, jobs: int = 2, timeout: float | None = 60.0) -> list[CaseReport]:
@@ -97,6 +102,13 @@ def test_reports_come_in_the_order_of_the_cases() -> None:
     assert [report.case for report in reports] == cases
     assert sorted(done) == sorted(report.case.name for report in reports)
     assert {report.outcome for report in reports} == {Outcome.PASSED}
+
+
+def test_what_cases_have_in_common_is_kept_once() -> None:
+    first, again, other = run("a", "a", "b", jobs=1)
+    assert first.stand_ins is again.stand_ins is other.stand_ins  # of one worker
+    assert first.shrink is again.shrink
+    assert (first.shrink, other.shrink) == (planned("Org/a"), planned("Org/b"))
 
 
 def test_what_does_not_cross_processes_becomes_text() -> None:
@@ -196,7 +208,7 @@ def test_a_worker_that_grows_without_end_is_replaced() -> None:
 
 def play_in_a_small_process(case: Case) -> CaseReport:
     """As ``play``, in a worker that may grow by little."""
-    worker._MOST_GROWTH = 32 << 20
+    worker._MOST_GROWTH["cpu"] = 32 << 20
     return play(case)
 
 

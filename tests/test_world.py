@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import weakref
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import distributed
+from torch.distributed import distributed_c10d
 
 from harness.errors import UsageError
 from harness.layout import Layout
@@ -93,6 +95,24 @@ def test_what_was_made_inside_is_collected() -> None:
         reference = make()
         assert reference() is not None
     assert reference() is None
+
+
+def test_groups_of_gloo_share_a_device_that_ends_with_the_world() -> None:
+    def threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    plain = distributed_c10d.ProcessGroupGloo
+    before = threads()
+    with open_world(Layout(), CPU):
+        own = len(distributed_c10d._world.pg_map)
+        assert own > 10
+        assert threads() == before + 2 * own + 1  # two that work for each group, one that listens
+        backend = distributed_c10d._get_default_group()._get_backend(CPU)
+        assert isinstance(backend, plain)
+        assert backend.options._timeout == distributed_c10d.default_pg_timeout
+        del backend
+    assert threads() == before
+    assert distributed_c10d.ProcessGroupGloo is plain
 
 
 def test_one_thread_on_the_cpu() -> None:

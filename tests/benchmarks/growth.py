@@ -1,8 +1,9 @@
 """Growth of memory over many cases: ``python tests/benchmarks/growth.py [CASES] [JOBS] [PRESET...]``.
 
 Runs so many cases (300 unless given) of the default recipes over the presets (all of them unless named) again
-and again on the CPU, over JOBS workers (2 unless given). Prints what is resident in each process that lives
-throughout after every 20 cases, and how much of it is growth since the first 20.
+and again on the CPU, over JOBS workers (2 unless given). Prints what is resident between cases in each process
+that lives throughout, of every 20 cases, and how much of it is growth since the first 20. It is the least that
+was seen when any case was done: a worker may be in the middle of one.
 """
 
 from __future__ import annotations
@@ -29,14 +30,20 @@ class Growth:
 
     every: int
     outcomes: list[str] = field(default_factory=list)
+    _seen: list[dict[int, int]] = field(default_factory=list)
     resident: list[dict[int, int]] = field(default_factory=list)
     threads: list[dict[int, int]] = field(default_factory=list)
 
     def note(self, report: CaseReport) -> None:
         self.outcomes.append(str(report.outcome))
+        found = [os.getpid(), *below(os.getpid())]
+        self._seen.append({pid: value for pid in found if (value := _status(pid, "VmRSS") // 1024)})
         if len(self.outcomes) % self.every == 0:
-            found = [os.getpid(), *below(os.getpid())]
-            self.resident.append({pid: value for pid in found if (value := _status(pid, "VmRSS") // 1024)})
+            least = {
+                pid: min(seen.get(pid, size) for seen in self._seen) for pid, size in self._seen[-1].items()
+            }
+            self.resident.append(least)
+            self._seen.clear()
             self.threads.append({pid: value for pid in found if (value := _status(pid, "Threads"))})
 
     @property
