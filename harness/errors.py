@@ -7,7 +7,7 @@ HarnessError
     UnknownLayout
     DeviceUnavailable
   UnsupportedModel      a kind of model that the harness cannot build yet: a finding on its flag
-  RankLost              the process of one rank of a case died: the case is an error
+  RankLost              the process of one rank of a case died or hangs: the case is an error
   ReportError           a report file cannot be read or written: exit code 2
 
 Interrupted             SIGINT or SIGTERM: exit code 130 or 143
@@ -56,7 +56,7 @@ class UnsupportedModel(HarnessError):
 
 
 class RankLost(HarnessError):
-    """The process of one rank died, or the harness failed in it; ``log`` is what there is to read."""
+    """The process of one rank died or hangs, or the harness failed in it; ``log`` is what there is of it."""
 
     def __init__(self, message: str, log: str = "") -> None:
         super().__init__(message)

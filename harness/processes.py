@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -86,6 +87,20 @@ def die_with_parent() -> None:
     """Have the kernel kill this process when the one that forked it is gone (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+_end: float | None = None  # by the monotonic clock
+
+
+def will_end_in(seconds: float | None) -> None:
+    """Note that this process is ended in so many seconds if it is not done; None for never."""
+    global _end
+    _end = None if seconds is None else monotonic() + seconds
+
+
+def seconds_left() -> float | None:
+    """Seconds until this process is ended if it is not done, None where it is not."""
+    return None if _end is None else max(0.0, _end - monotonic())
 
 
 def pin_threads(threads: int) -> None:

@@ -7,18 +7,19 @@ each rank.
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import math
 import os
 import signal
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,9 +28,10 @@ from harness.errors import RankLost
 from harness.finding import Finding, Severity
 from harness.host import cores
 from harness.layout import Layout
-from harness.processes import die_with_parent, fork_server, how_it_ended, pin_threads
+from harness.processes import die_with_parent, fork_server, how_it_ended, pin_threads, seconds_left
 from harness.rank import Rank, ranks
 from harness.rank_model import Job, Outputs, run_rank
+from harness.stacks import recent_last
 from harness.stages import Run, Stage, ranks_text
 from harness.standins import installed
 from harness.standins.output import captured
@@ -48,6 +50,9 @@ LARGEST_DIFFERENCE = 1e-4
 _TOGETHER = "max"
 # A rank that stopped leaves the others waiting for it; those that are not, report within this.
 _GRACE_SECONDS = 10.0
+# Ranks that hang say where, so long before the time of the case is up; or in a tenth of what is left.
+_STACKS_SECONDS = 3.0
+_A_STACK_SECONDS = 1.0
 
 RankMain = Callable[[Run, Job, torch.device], Outputs]
 
@@ -65,7 +70,7 @@ def compare_ranks(run: Run, job: Job, device: torch.device, main: RankMain = run
     """Run ``job`` on one rank, then on every rank of its layout, and compare; returns ModelOpt's log.
 
     What is found goes to ``run``. ``main`` is what a rank does, importable by name. Call it inside
-    ``standins.installed``. Raises RankLost where a rank's process died.
+    ``standins.installed``. Raises RankLost where a rank's process died or hangs.
     """
     alone, one = run.part(), replace(job, layout=Layout(), rank=Rank(0), dtype=_DTYPES[device.type])
     with open_world(one.layout, device):
@@ -150,7 +155,7 @@ def _every_rank(job: Job, part: Run, device: torch.device, main: RankMain) -> di
             process.start()
             theirs.close()
             processes.append(process)
-        return _gather(pipes, processes, job.layout)
+        return _gather(pipes, processes, job.layout, Path(folder))
 
 
 @contextmanager
@@ -167,21 +172,46 @@ def _ended() -> Iterator[list[ForkServerProcess]]:
 
 
 def _gather(
-    pipes: Mapping[int, Connection], processes: list[ForkServerProcess], layout: Layout
+    pipes: Mapping[int, Connection], processes: Sequence[ForkServerProcess], layout: Layout, folder: Path
 ) -> dict[int, _Answer]:
     answers: dict[int, _Answer] = {}
-    deadline: float | None = None
+    stopped: float | None = None
+    left = seconds_left()
+    end = math.inf if left is None else monotonic() + left - min(_STACKS_SECONDS, left / 10)
     while len(answers) < len(pipes):
         waiting = {pipe: number for number, pipe in pipes.items() if number not in answers}
-        ready = wait(list(waiting), None if deadline is None else max(0.0, deadline - monotonic()))
+        deadline = min(end, end if stopped is None else stopped + _GRACE_SECONDS)
+        ready = wait(list(waiting), None if deadline == math.inf else max(0.0, deadline - monotonic()))
+        if not ready and stopped is None:
+            raise _hung({number: processes[number] for number in waiting.values()}, layout, folder)
         if not ready:
             break
         for pipe in ready:
             number = waiting[pipe]  # type: ignore[index]
             answers[number] = _received(pipes[number], processes[number], ranks_text([number], layout))
-            if answers[number].run.blocked and deadline is None:
-                deadline = monotonic() + _GRACE_SECONDS
+            if answers[number].run.blocked and stopped is None:
+                stopped = monotonic()
     return answers
+
+
+def _hung(late: Mapping[int, ForkServerProcess], layout: Layout, folder: Path) -> RankLost:
+    """Where each of these ranks stands; those last that stand where the fewest do."""
+    files = {number: _stack_file(folder, number) for number in late}
+    for process in late.values():
+        os.kill(process.pid or 0, signal.SIGUSR1)
+    end = monotonic() + _A_STACK_SECONDS
+    while monotonic() < end and not all(file.stat().st_size for file in files.values()):
+        sleep(0.05)
+    numbers: dict[str, list[int]] = {}
+    for number, file in files.items():
+        numbers.setdefault(recent_last(file.read_text(encoding="utf-8")), []).append(number)
+    most_first = sorted(numbers.items(), key=lambda entry: -len(entry[1]))
+    log = "".join(f"{ranks_text(alike, layout)}: {stack}" for stack, alike in most_first)
+    return RankLost(f"timed out: {ranks_text([*late], layout)} not done", log)
+
+
+def _stack_file(folder: Path, number: int) -> Path:
+    return folder / f"stack-{number}"
 
 
 def _received(pipe: Connection, process: ForkServerProcess, name: str) -> _Answer:
@@ -215,6 +245,8 @@ def _work(
     """
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stack = _stack_file(meeting.parent, job.rank.number).open("w", encoding="utf-8")
+    faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
     pin_threads(threads)
     # gloo would look for an address of this machine's name, which need not have one.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -27,7 +27,7 @@ from harness import host
 from harness.case import Case, CaseReport, Outcome, StandInReport
 from harness.devices import Share
 from harness.errors import UsageError, reason_of
-from harness.processes import die_with_parent, how_it_ended, pin_threads
+from harness.processes import die_with_parent, how_it_ended, pin_threads, will_end_in
 from harness.report import result_from_json, result_to_json, stand_ins
 from harness.stacks import has_stack, recent_last
 
@@ -41,9 +41,9 @@ _STACK_SECONDS = 2.0
 _QUIET_SECONDS = 0.1
 _LOG_BYTES = 1 << 16
 # A child that holds so much more than after its first case is replaced, so that no number of cases fills the
-# memory, whatever a library or a heap in pieces keeps of each. On the CPU it takes 0.3 s, once in some forty
-# cases; on a GPU a new CUDA context, which loads its kernels as they are used.
-_MOST_GROWTH = {"cpu": 64 << 20, "cuda": 1 << 30}
+# memory, whatever a library or a heap in pieces keeps of each. On the CPU it takes 0.3 s, once in some
+# twenty cases; on a GPU a new CUDA context, which loads its kernels as they are used.
+_MOST_GROWTH = {"cpu": 32 << 20, "cuda": 1 << 30}
 
 Check = Callable[[Case], CaseReport]
 
@@ -228,6 +228,7 @@ def _work(messages: Connection, output: Connection, check: Check, share: Share) 
             # Few cases need much: one may have more than its share where the others leave it.
             limit_memory(max(share.host_bytes, host.free_memory()))
         messages.send_bytes(b"null")
+        will_end_in(timeout)
         if timeout is not None:
             faulthandler.dump_traceback_later(timeout, file=output.fileno())
         report = safely(check, case)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 
 import pytest
 import torch
 from small_models import DENSE, MODELS, SPARSE, model_of
 
-from harness import rank_model, sharding
+from harness import processes, rank_model, sharding
 from harness.architecture import Architecture
 from harness.case import PROOFS, Outcome, StageReport
 from harness.errors import RankLost
@@ -168,6 +169,12 @@ def faulty(run: Run, job: Job, device: torch.device) -> Outputs:
     return Outputs() if job.rank.number else [][0]
 
 
+def hanging(run: Run, job: Job, device: torch.device) -> Outputs:
+    if job.rank.number == 1:
+        time.sleep(600)
+    return run_rank(run, job, device)
+
+
 @pytest.mark.parametrize("main", [other_weights, whole_matrices])
 def test_other_weights_are_found(main: Callable[[Run, Job, torch.device], Outputs]) -> None:
     run = compared(model_of(DENSE), "tp2", main=main)
@@ -199,3 +206,16 @@ def test_a_fault_of_the_harness_in_a_rank_is_its_own() -> None:
     with pytest.raises(RankLost, match="the harness failed in rank 0 of tp2: IndexError") as lost:
         compared(model_of(DENSE), "tp2", main=faulty)
     assert "faulty" in lost.value.log
+
+
+def test_where_ranks_hang_is_told_before_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_end", time.monotonic() + 20)
+    with pytest.raises(RankLost, match="timed out: ranks 0-1 of tp2 not done") as lost:
+        compared(model_of(DENSE), "tp2", main=hanging)
+    left = processes.seconds_left()
+    assert left is not None
+    assert 0 < left < 4
+    waits, hangs = lost.value.log.split("rank 1 of tp2: ")
+    assert waits.startswith("rank 0 of tp2: ")
+    assert "distributed_c10d.py" in waits.splitlines()[-1]
+    assert hangs.splitlines()[-1].endswith("in hanging")

@@ -1,9 +1,9 @@
 """Growth of memory over many cases: ``python tests/benchmarks/growth.py [CASES] [JOBS] [PRESET...]``.
 
-Runs so many cases (300 unless given) of the default recipes over the presets (all of them unless named) again
-and again on the CPU, over JOBS workers (2 unless given). Prints what is resident between cases in each process
-that lives throughout, of every 20 cases, and how much of it is growth since the first 20. It is the least that
-was seen when any case was done: a worker may be in the middle of one.
+Runs so many cases (300 unless given) of the default recipes over the presets (all of them unless named)
+again and again on the CPU, over JOBS workers (2 unless given). Prints what is resident between cases in each
+process, of every 20 cases, and how much of it is growth since the first 20, where it lives throughout. It is
+the least that was seen when any case was done: a worker may be in the middle of one.
 """
 
 from __future__ import annotations
