@@ -196,18 +196,26 @@ def _gather(
 
 def _hung(late: Mapping[int, ForkServerProcess], layout: Layout, folder: Path) -> RankLost:
     """Where each of these ranks stands; those last that stand where the fewest do."""
-    files = {number: _stack_file(folder, number) for number in late}
     for process in late.values():
-        os.kill(process.pid or 0, signal.SIGUSR1)
+        if process.pid is not None and process.is_alive():
+            os.kill(process.pid, signal.SIGUSR1)
     end = monotonic() + _A_STACK_SECONDS
-    while monotonic() < end and not all(file.stat().st_size for file in files.values()):
+    while not all(stacks := {number: _stack(folder, number) for number in late}.values()):
+        if monotonic() > end:
+            break
         sleep(0.05)
     numbers: dict[str, list[int]] = {}
-    for number, file in files.items():
-        numbers.setdefault(recent_last(file.read_text(encoding="utf-8")), []).append(number)
+    for number, stack in zip(late, stacks, strict=True):
+        numbers.setdefault(stack or "stands nowhere that could be told\n", []).append(number)
     most_first = sorted(numbers.items(), key=lambda entry: -len(entry[1]))
     log = "".join(f"{ranks_text(alike, layout)}: {stack}" for stack, alike in most_first)
     return RankLost(f"timed out: {ranks_text([*late], layout)} not done", log)
+
+
+def _stack(folder: Path, number: int) -> str:
+    """What a rank wrote of where it stands; empty as long as it did not."""
+    file = _stack_file(folder, number)
+    return recent_last(file.read_text(encoding="utf-8")) if file.is_file() else ""
 
 
 def _stack_file(folder: Path, number: int) -> Path:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_models import DENSE, MODELS, SPARSE, model_of
 
-from harness import processes, rank_model, sharding
+from harness import processes, rank_model, real_ranks, sharding
 from harness.architecture import Architecture
 from harness.case import PROOFS, Outcome, StageReport
 from harness.errors import RankLost
@@ -209,13 +209,22 @@ def test_a_fault_of_the_harness_in_a_rank_is_its_own() -> None:
 
 
 def test_where_ranks_hang_is_told_before_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "_end", time.monotonic() + 20)
+    monkeypatch.setattr(real_ranks, "seconds_left", lambda: 15.0)
+    began = time.monotonic()
     with pytest.raises(RankLost, match="timed out: ranks 0-1 of tp2 not done") as lost:
         compared(model_of(DENSE), "tp2", main=hanging)
+    assert time.monotonic() - began > 13
+    waits, hangs = lost.value.log.split("rank 1 of tp2: ")
+    assert waits.startswith("rank 0 of tp2: Stack (most recent call last):")
+    assert hangs.splitlines()[-1].endswith("in hanging")
+
+
+def test_the_time_of_a_case_is_known_in_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_end", None)
+    assert processes.seconds_left() is None
+    processes.will_end_in(60)
     left = processes.seconds_left()
     assert left is not None
-    assert 0 < left < 4
-    waits, hangs = lost.value.log.split("rank 1 of tp2: ")
-    assert waits.startswith("rank 0 of tp2: ")
-    assert "distributed_c10d.py" in waits.splitlines()[-1]
-    assert hangs.splitlines()[-1].endswith("in hanging")
+    assert 50 < left <= 60
+    processes.will_end_in(None)
+    assert processes.seconds_left() is None
