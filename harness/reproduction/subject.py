@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.architecture import Architecture, NotAModel, architecture
 from harness.arguments import Arguments, flag_for
-from harness.case import PARITY, Case, CaseReport, Outcome
+from harness.case import EXPORT, PARITY, Case, CaseReport, Outcome
 from harness.errors import UsageError
 from harness.facts import facts_beside
 from harness.finding import Finding
@@ -23,18 +23,17 @@ from harness.layout import Layout
 from harness.mismatch import published_values
 from harness.pipeline import full_size, with_vocabulary
 from harness.preset import PresetFile, load_preset
+from harness.recipes import find_recipe
 from harness.reference import shown_value
+from harness.reproduction.quantized import MOST, shape, shown
 from harness.small_model import layout_of_plan, shrink_stage
 from harness.stages import Run
 
 if TYPE_CHECKING:
-    from harness.parity.twin import Twin
+    from harness.reproduction.script_parity import Published
     from harness.shrink import ShrinkPlan
 
-STEPS = ("parser", "config", "build", "forward", "quantize", "parity")
-
-# Shapes that a program compares: the first of them say what is wrong.
-_MOST_SHAPES = 8
+STEPS = ("parser", "config", "build", "forward", "quantize", PARITY, EXPORT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +52,12 @@ class Subject:
     model: Architecture | None = None
     meta: bool = False
     words: tuple[str, ...] = ()
-    twin: Twin | None = None
+    published: Published | None = None
 
     @property
     def dtype(self) -> str:
         """In which the model is built, as torch writes it."""
-        return "torch.float32" if self.twin is not None else "torch.bfloat16"
+        return "torch.float32" if PARITY in self.steps else "torch.bfloat16"
 
 
 def subject_of(report: CaseReport) -> Subject:
@@ -163,7 +162,7 @@ def _parted(
     mine = parameters(model)
     names = [name for name in wanted if mine.get(name) != wanted[name]]
     names += [name for name in mine if name not in wanted]
-    return {name: wanted.get(name) for name in names[:_MOST_SHAPES]}
+    return {name: wanted.get(name) for name in names[:MOST]}
 
 
 def _shapes(wanted: Mapping[str, tuple[int, ...] | None], word: str) -> tuple[str, ...]:
@@ -194,13 +193,13 @@ def _build(report: CaseReport, errors: Sequence[Finding]) -> Subject:
     for finding in errors:
         if finding.module:
             parameter = finding.message.partition("  ")[2].partition(" ")[0]
-            wanted[f"{finding.module}.{parameter}"] = _shape(finding.expected)
+            wanted[f"{finding.module}.{parameter}"] = shape(finding.expected)
     return _run(report, "build", errors, _shapes(wanted, "expected"))
 
 
 def _forward(report: CaseReport, errors: Sequence[Finding]) -> Subject:
     lines: list[str] = []
-    for finding in errors[:_MOST_SHAPES]:
+    for finding in errors[:MOST]:
         lines += _of_pass(finding)
     return _run(report, "forward", errors, tuple(lines))
 
@@ -214,47 +213,29 @@ def _of_pass(finding: Finding) -> Iterator[str]:
         key, index = (finding.module, side[1]), int(side[2] or 0)
         seen = f"seen[{key!r}][{index}]"
         words = f"{finding.module} {side[0].strip()}"
-        yield f'assert {seen} == {_shape(finding.expected)!r}, f"{words} {{{seen}}}"'
+        yield f'assert {seen} == {shape(finding.expected)!r}, f"{words} {{{seen}}}"'
     elif finding.module:
         yield f'assert ({finding.module!r}, "input") in seen, "{finding.module} never ran"'
     elif isinstance(finding.expected, list | tuple):
-        yield f"assert tuple(logits.shape) == {_shape(finding.expected)!r}, tuple(logits.shape)"
+        yield f"assert tuple(logits.shape) == {shape(finding.expected)!r}, tuple(logits.shape)"
     elif "not finite" in finding.message:
         yield "assert bool(torch.isfinite(logits).all()), 'logits are not finite'"
 
 
-def _shape(value: Any) -> tuple[int, ...] | None:
-    """A shape that has been JSON in between is a list."""
-    return None if value is None else tuple(value)
-
-
-_QUANTIZER = re.compile(r"  (\w+_quantizer) is (.+), \S+ means it (.+)$")
-
-
 def _quantize(report: CaseReport, errors: Sequence[Finding]) -> Subject:
-    lines: list[str] = []
-    for finding in errors[:_MOST_SHAPES]:
-        lines += _of_quantizers(finding)
-    return _run(report, "quantize", errors, tuple(lines))
+    ranks = report.case.layout.world_size
+    raised = any(_was_raised(finding) for finding in errors)
+    more, lines = ((), ()) if raised else shown(errors, report.case.recipe, ranks)
+    return _run(report, "quantize", errors, lines, more)
 
 
-def _of_quantizers(finding: Finding) -> Iterator[str]:
-    meant = _QUANTIZER.search(finding.message)
-    if meant:
-        name = f"{finding.module}.{meant[1]}"
-        yield f"on = [one.is_enabled for path, one in quantizers(model) if path.startswith({name!r})]"
-        yield f'assert any(on) is {meant[3] != "off"}, f"{name} is enabled: {{on}}"'
-    elif finding.check == "coverage" and isinstance(finding.actual, str):
-        pattern = finding.actual
-        yield f"fits = [path for path, one in quantizers(model) if fnmatch.fnmatch(path, {pattern!r})]"
-        yield f"assert fits, {f'{pattern} matches no quantizer'!r}"
-    elif "has no amax" in finding.message or finding.expected == "finite and positive":
-        yield "for path, one in quantizers(model):"
-        yield f"    if path.startswith({finding.module!r}) and one.is_enabled:"
-        yield "        assert one.amax is not None and bool((one.amax > 0).all()), path"
-
-
-def _run(report: CaseReport, stage: str, errors: Sequence[Finding], end: tuple[str, ...]) -> Subject:
+def _run(
+    report: CaseReport,
+    stage: str,
+    errors: Sequence[Finding],
+    end: tuple[str, ...],
+    more: tuple[str, ...] = (),
+) -> Subject:
     """The small model as far as ``stage``; nothing is asserted where that raises."""
     small, layout = _small(report.case)
     raised = next((finding for finding in errors if _was_raised(finding)), None)
@@ -263,7 +244,7 @@ def _run(report: CaseReport, stage: str, errors: Sequence[Finding], end: tuple[s
     if raised is None and errors and not end:
         raise UsageError(f"{what}: there is no script for this, as the harness's arithmetic is what sees it")
     ending = () if raised else end
-    return Subject(report.case, what, small.arguments, layout, _steps(stage), ending, small)
+    return Subject(report.case, what, small.arguments, layout, (*_steps(stage), *more), ending, small)
 
 
 def _was_raised(finding: Finding) -> bool:
@@ -271,17 +252,35 @@ def _was_raised(finding: Finding) -> bool:
 
 
 def _parity(report: CaseReport, errors: Sequence[Finding]) -> Subject:
-    """The tiny Hugging Face model, ModelOpt's import of it, and both of their logits."""
+    """The tiny Hugging Face model, and what ModelOpt imports of it or exports in its place."""
+    from harness.parity.blame import lifts
+    from harness.parity.compare import TOLERANCES
     from harness.parity.settings import completed
-    from harness.parity.twin import twin
+    from harness.parity.twin import NoTwin, twin
+    from harness.reproduction.compared import comparison, export
+    from harness.reproduction.script_parity import Published, agreeing
 
-    case, what, plan = report.case, errors[0].message, _plan(report.case)
+    case, what, plan = report.case, errors[0].message if errors else report.reason, _plan(report.case)
     facts, _ = facts_beside(Path(case.path))
-    if facts is None or case.recipe != PARITY:
-        raise UsageError(f"{what}: there is no script of an export")
-    small = twin(completed(facts, plan.before.arguments)[0], plan)
-    arguments, steps = plan.after.arguments, ("config", "build", "parity")
-    return Subject(case, what, arguments, Layout(), steps, model=plan.after, twin=small)
+    if facts is None:
+        raise UsageError(f"{what}: nothing published is there to compare with")
+    facts, _ = completed(facts, plan.before.arguments)
+    try:
+        small = twin(facts, plan)
+    except NoTwin as error:
+        raise UsageError(f"{what}: no program shows this: no small Hugging Face model: {error}") from error
+    model, arguments = plan.after, plan.after.arguments
+    lifted = tuple(lifts(model, plan.before.arguments, facts))
+    subject = Subject(case, what, arguments, Layout(), ("config", "build"), model=model)
+    if case.recipe == PARITY:
+        tolerance = TOLERANCES[case.device.partition(":")[0]]
+        end = (*comparison(errors, tolerance), *agreeing(case.device))
+        published = Published.of(small, model, lifted)
+        return replace(subject, steps=(*subject.steps, PARITY), end=end, published=published)
+    whole: tuple[str, ...] = ("quantize", EXPORT)
+    more, end = export(errors, find_recipe(case.recipe), dict(parameters(model))) if errors else (whole, ())
+    exported = Published.of(small, model, ()) if EXPORT in more else None
+    return replace(subject, steps=(*subject.steps, *more), end=end, published=exported)
 
 
 _ENDS: Mapping[str, Callable[[CaseReport, Sequence[Finding]], Subject]] = {
