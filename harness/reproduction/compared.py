@@ -9,6 +9,7 @@ from harness.case import EXPORT
 from harness.errors import UsageError
 from harness.finding import Finding
 from harness.inventory import Shape
+from harness.parity.compare import TOLERANCES
 from harness.parity.stored import E2M1_MAX, E4M3_MAX
 from harness.recipes import Format, Recipe
 from harness.reproduction.quantized import MOST, shape
@@ -18,18 +19,26 @@ _ALONE = re.compile(r"norm alone \((\S+) in Hugging Face, (\S+) in Megatron\)")
 _LOGITS = re.compile(r"the logits differ by (\S+?)(?:\.? |\.?$)")
 
 
-def comparison(errors: Sequence[Finding], tolerance: float) -> tuple[str, ...]:
-    """What is asserted before the logits are. Raises UsageError where nothing of the logits shows it."""
-    message = errors[0].message
+def comparison(errors: Sequence[Finding], device: str) -> tuple[str, ...]:
+    """What is asserted of a norm, where that differs by itself, and of the logits.
+
+    Raises UsageError where nothing of the logits shows it.
+    """
+    tolerance = TOLERANCES[device.partition(":")[0]]
+    message = errors[0].message if errors else ""
+    end = (
+        "relative = float((logits - wanted).abs().max() / wanted.abs().max())",
+        f'assert relative <= {tolerance}, f"the logits differ by {{relative:.2g}}"',
+    )
     alone, logits = _ALONE.search(message), _LOGITS.search(message)
     if alone:
-        return (*_norms(alone[1], alone[2], tolerance),)
+        return (*_norms(alone[1], alone[2], tolerance), *end)
     if logits and float(logits[1]) <= tolerance:
         raise UsageError(
             f"{message}: no program shows this: the logits agree, and only the harness's comparison part by "
             "part sees it"
         )
-    return ()
+    return end
 
 
 def _norms(hf: str, megatron: str, tolerance: float) -> Iterator[str]:

@@ -57,6 +57,11 @@ def shown(errors: Sequence[Finding], recipe: str, ranks: int) -> tuple[tuple[str
     return tuple(steps), tuple(lines)
 
 
+def steps_of(check: str) -> tuple[str, ...]:
+    """What a program does beyond quantizing for a check, so that what is raised on the way is raised."""
+    return _SHOWN[check].steps if check in _SHOWN else ()
+
+
 _ARITHMETIC = "it is the harness's own arithmetic that sees it"
 _ONE_PROCESS = "it is in numbers of several ranks, and a program is one, whose collectives do nothing"
 _NOT_SHOWN: Mapping[str, str] = {

@@ -8,6 +8,7 @@ that the case needed stand at its end, as source; on a machine that has all of i
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 
 from harness.build import ends, spec_arguments
-from harness.calibration import Calibration
 from harness.case import EXPORT, PARITY, CaseReport
 from harness.devices import torch_device
 from harness.errors import UsageError
@@ -35,6 +35,7 @@ from harness.reproduction.script_parity import (
     modules_of,
     saving,
 )
+from harness.reproduction.script_quantized import proofs, quantizing
 from harness.reproduction.snippets import snippets
 from harness.reproduction.subject import Subject, subject_of
 from harness.standins import StandIn, rows_of
@@ -90,12 +91,11 @@ def _program(subject: Subject) -> Iterator[str]:
     rows = tuple(row for row in device_rows if _needed(row, config))
     body = "\n".join((*_constants(subject, text, config), *_main(subject, text)))
     helpers, lines = snippets(body)
-    yield from _imports(subject, text)
-    yield "\n".join((*lines, *(f"import {module}" for module in imports(body)), ""))
+    yield from _imports(subject, text, (*lines, *(f"import {module}" for module in imports(body))))
     yield body
     yield helpers
     yield "\n# ---- what the machine lacks on which this was written, in plain torch ----\n\n"
-    modules = modules_of(subject.published.twin) if subject.published is not None else ()
+    modules = modules_of() if subject.published is not None else ()
     yield inlined(rows, (*modules, *((packing,) if "weights" in subject.steps else ())))
     yield '\nif __name__ == "__main__":\n    main()\n'
 
@@ -124,11 +124,12 @@ def _parser(subject: Subject) -> Iterator[str]:
     yield ""
 
 
-def _imports(subject: Subject, text: ConfigText) -> Iterator[str]:
+def _imports(subject: Subject, text: ConfigText, lines: Sequence[str]) -> Iterator[str]:
     hybrid = subject.model is not None and subject.model.hybrid
-    yield "import contextlib\nimport copy\nimport re\nimport types\nfrom collections.abc import Iterator"
-    yield "from contextlib import contextmanager\nfrom typing import Any\n"
-    yield "import torch\n"
+    standard = [line for line in lines if line.split()[1].partition(".")[0] in sys.stdlib_module_names]
+    yield "import contextlib\nimport types\nfrom collections.abc import Iterator"
+    yield "\n".join(("from contextlib import contextmanager\nfrom typing import Any", *standard, ""))
+    yield "import torch"
     yield "from megatron.core import parallel_state"
     if subject.model is not None and hybrid:
         yield "from megatron.core.models.hybrid.hybrid_model import HybridModel"
@@ -137,6 +138,7 @@ def _imports(subject: Subject, text: ConfigText) -> Iterator[str]:
         yield "from megatron.core.models.gpt import GPTModel"
         yield f"from {_SPECS}.gpt.model_specs import get_gpt_modelopt_spec"
     yield f"from megatron.core.transformer import {text.kind}"
+    yield "\n".join((*(line for line in lines if line not in standard), ""))
 
 
 def _main(subject: Subject, text: ConfigText) -> Iterator[str]:
@@ -165,7 +167,7 @@ def _main(subject: Subject, text: ConfigText) -> Iterator[str]:
     if "forward" in subject.steps:
         lines += _forward(subject, device)
     if "quantize" in subject.steps:
-        lines += [*_quantize(subject, device), *_proofs(subject)]
+        lines += [*quantizing(subject, device), *proofs(subject)]
     if subject.published is not None and PARITY in subject.steps:
         lines += [*imported(subject.published), *compared(subject.published, device)]
     if EXPORT in subject.steps:
@@ -252,79 +254,6 @@ def _forward(subject: Subject, device: str) -> Iterator[str]:
     if any("seen" in line for line in subject.end):
         yield "seen = watched(model)"
     yield "logits = forward(model, tokens)"
-
-
-def _quantize(subject: Subject, device: str) -> Iterator[str]:
-    model = subject.model
-    assert model is not None
-    length = sequence_length(model, subject.layout)
-    tokens = Calibration(model, torch_device("cpu"), length=length).tokens
-    yield f'calibration = torch.randint({model.padded_vocab_size}, {tuple(tokens.shape)}).to("{device}")'
-    if "routes" in subject.steps:
-        yield "before, routes = routed(model, tokens)"
-    if "experts" in subject.steps:
-        yield "counts = counted(model)"
-    yield "mtq.quantize(model, RECIPE, lambda model: forward(model, calibration))"
-    if "forward" in subject.steps:
-        yield "logits = forward(model, tokens)"
-
-
-def _proofs(subject: Subject) -> Iterator[str]:
-    """What was asked to be proved of the quantized model, in the order in which it was."""
-    if "routes" in subject.steps:
-        yield "after, _ = routed(model, tokens, routes)"
-    for step, lines in _PROOFS.items():
-        if step in subject.steps:
-            yield from lines
-
-
-_RESTORED = ("restored = built(config)", "fill(restored)")
-_SAVED = (
-    "saved = io.BytesIO()",
-    "torch.save(state, saved)",
-    "state = safe_load(io.BytesIO(saved.getvalue()))",
-)
-_PROOFS: Mapping[str, Sequence[str]] = {
-    "backward": (
-        "with torch.enable_grad():",
-        "    logits = with_graph(model, tokens).flatten(0, 1).float()",
-        "    torch.nn.functional.cross_entropy(logits, tokens.roll(-1, 1).flatten()).backward()",
-    ),
-    "state": (
-        "state = mto.modelopt_state(model)",
-        *_SAVED,
-        *_RESTORED,
-        "mto.restore_from_modelopt_state(restored, state)",
-        "restored.load_state_dict(model.state_dict(), strict=False)",
-    ),
-    "sharded state": (
-        "state = copy.deepcopy(mto.modelopt_state(model))",
-        "remove_per_module_state(state)",
-        *_SAVED,
-        "shards = shards_of(model.sharded_state_dict())",
-        *_RESTORED,
-        "mto.restore_from_modelopt_state(restored, state)",
-        "wanted = {k: v for k, v in restored.sharded_state_dict().items() if '_extra_state' in k}",
-        "extra, missing = loaded_from(shards, wanted)",
-        'assert not missing, f"{missing[0]} is not in what was saved"',
-        "restored.load_state_dict(extra, strict=False)",
-        "for name, module in restored.named_modules():",
-        '    if f"{name}._extra_state" in extra and hasattr(module, "modelopt_set_extra_state_callbacks"):',
-        '        module.set_extra_state(extra[f"{name}._extra_state"])',
-        "tensors, missing = loaded_from(shards, restored.sharded_state_dict())",
-        'assert not missing, f"{missing[0]} is not in what was saved"',
-        "restored.load_state_dict(tensors, strict=False)",
-    ),
-    "weights": (
-        "with torch.no_grad():",
-        "    rounded = {",
-        "        path: first_of(module.weight_quantizer)(module.weight.detach())",
-        "        for path, module in model.named_modules()",
-        '        if hasattr(module, "weight_quantizer") and module.weight_quantizer.is_enabled',
-        "    }",
-        "mtq.compress(model)",
-    ),
-}
 
 
 def _needed(row: StandIn, config: Any) -> bool:

@@ -9,20 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from harness.architecture import Architecture
 from harness.errors import UsageError
+from harness.facts import facts_beside
 from harness.parity import hf_fill, hf_mxfp4
-from harness.parity.blame import Excuse
+from harness.parity.blame import Excuse, lifts
 from harness.parity.checkpoint import IN_MXFP4, LANGUAGE_MODELS, PACKED, RENAMED, SEED
-from harness.parity.compare import TOLERANCES
 from harness.parity.corrections import corrections
 from harness.parity.rules import FUSED, added
+from harness.parity.settings import completed
 from harness.parity.stage import BATCH_SIZE, tokens_of_a_sequence
-from harness.parity.twin import Twin
+from harness.parity.twin import NoTwin, Twin, twin
 from harness.reproduction.literals import literal, pretty
+
+if TYPE_CHECKING:
+    from harness.case import Case
+    from harness.shrink import ShrinkPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +39,23 @@ class Published:
     sequence: int
     vocabulary: int
 
-    @classmethod
-    def of(cls, twin: Twin, small: Architecture, lifts: tuple[Excuse, ...]) -> Published:
-        vocabulary = min(small.padded_vocab_size, twin.text_config["vocab_size"])
-        return cls(twin, lifts, tokens_of_a_sequence(small, twin), vocabulary)
+
+def published_of(case: Case, plan: ShrinkPlan, what: str) -> Published:
+    """The twin of a case's plan. Raises UsageError, which begins with ``what``, where there is none."""
+    facts, _ = facts_beside(Path(case.path))
+    if facts is None:
+        raise UsageError(f"{what}: no program shows this: nothing published is there to compare with")
+    facts, _ = completed(facts, plan.before.arguments)
+    try:
+        small = twin(facts, plan)
+    except NoTwin as error:
+        raise UsageError(f"{what}: no program shows this: no small Hugging Face model: {error}") from error
+    vocabulary = min(plan.after.padded_vocab_size, small.text_config["vocab_size"])
+    lifted = tuple(lifts(plan.after, plan.before.arguments, facts))
+    return Published(small, lifted, tokens_of_a_sequence(plan.after, small), vocabulary)
 
 
-def modules_of(twin: Twin) -> tuple[ModuleType, ...]:
+def modules_of() -> tuple[ModuleType, ...]:
     """The modules of this package that stand in the program as source: how every part is made to matter."""
     return (hf_mxfp4, hf_fill)
 
@@ -76,8 +91,8 @@ def _rules(architecture: str) -> Iterator[str]:
 
 def made(published: Published) -> Iterator[str]:
     """Its class, its numbers, and what of transformers is put right."""
-    twin = published.twin
-    name, _ = LANGUAGE_MODELS.get(twin.architecture, (twin.architecture, ""))
+    small = published.twin
+    name, _ = LANGUAGE_MODELS.get(small.architecture, (small.architecture, ""))
     yield "given = json.loads(json.dumps(PUBLISHED))"
     yield 'del given["architectures"], given["torch_dtype"]'
     yield "given = transformers.AutoConfig.for_model(**given).get_text_config()"
@@ -85,19 +100,19 @@ def made(published: Published) -> Iterator[str]:
     yield "given.use_mamba_kernels = False"
     yield f"published = transformers.{name}(given).float().eval().requires_grad_(False)"
     yield f"hf_fill.fill(published, {SEED})"
-    if twin.without:
+    if small.without:
         yield "# What the plan has no counterpart of adds nothing."
         yield "for name, parameter in published.named_parameters():"
-        yield f'    if name.startswith({twin.without!r}) and "down_proj" in name:'
+        yield f'    if name.startswith({small.without!r}) and "down_proj" in name:'
         yield "        parameter.zero_()"
-    for row in corrections(twin.text_config):
+    for row in corrections(small.text_config):
         yield f"# {row.words}."
         yield f"{row.correct.__name__}(published, {published.sequence})"
 
 
-def saving(twin: Twin) -> Iterator[str]:
+def saving(small: Twin) -> Iterator[str]:
     """A function that saves it, under the names and in the layout of the published checkpoint."""
-    _, prefix = LANGUAGE_MODELS.get(twin.architecture, ("", ""))
+    _, prefix = LANGUAGE_MODELS.get(small.architecture, ("", ""))
     yield "def save(published: Any, folder: Path) -> None:"
     yield '    """A checkpoint with the names and the layout of the published one."""'
     yield "    state = dict(published.state_dict())"
@@ -105,14 +120,14 @@ def saving(twin: Twin) -> Iterator[str]:
     yield "        state.pop(tied, None)"
     yield "    tensors = {}"
     yield "    for name, tensor in revert_weight_conversion(published, state).items():"
-    if twin.architecture.startswith("NemotronH"):
+    if small.architecture.startswith("NemotronH"):
         yield f"        name = {RENAMED!r}.get(name, name)"
     if prefix:
         yield f"        name = {prefix!r} + name"
-    if twin.without:
-        yield f"        if name.startswith({twin.without!r}):"
+    if small.without:
+        yield f"        if name.startswith({small.without!r}):"
         yield "            continue"
-    if twin.architecture in IN_MXFP4:
+    if small.architecture in IN_MXFP4:
         yield f"        if re.search({PACKED.pattern!r}, name):"
         yield "            blocks, scales = hf_mxfp4.encode(tensor.mT)"
         yield '            tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}'
@@ -168,13 +183,6 @@ def compared(published: Published, device: str) -> Iterator[str]:
     yield "with torch.no_grad():"
     yield "    wanted = published(input_ids=tokens, use_cache=False).logits"
     yield "logits = forward(model, tokens)"
-
-
-def agreeing(device: str) -> Iterator[str]:
-    """The end of a comparison."""
-    tolerance = TOLERANCES[device.partition(":")[0]]
-    yield "relative = float((logits - wanted).abs().max() / wanted.abs().max())"
-    yield f'assert relative <= {tolerance}, f"the logits differ by {{relative:.2g}}"'
 
 
 # ---- exported ----

@@ -199,8 +199,10 @@ _FUNCTIONS: Mapping[str, Any] = {
 }
 # What a text may name that a program must import, by the name: the lines, in their order.
 _IMPORTS: Mapping[str, str] = {
+    "copy": "import copy",
     "io": "import io",
     "json": "import json",
+    "re": "import re",
     "tempfile": "import tempfile",
     "fnmatchcase": "from fnmatch import fnmatchcase",
     "Path": "from pathlib import Path",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.architecture import Architecture, NotAModel, architecture
 from harness.arguments import Arguments, flag_for
-from harness.case import EXPORT, PARITY, Case, CaseReport, Outcome
+from harness.case import COVERAGE, EXPORT, PARITY, Case, CaseReport, Check, Outcome
 from harness.errors import UsageError
 from harness.facts import facts_beside
 from harness.finding import Finding
@@ -25,7 +25,7 @@ from harness.pipeline import full_size, with_vocabulary
 from harness.preset import PresetFile, load_preset
 from harness.recipes import find_recipe
 from harness.reference import shown_value
-from harness.reproduction.quantized import MOST, shape, shown
+from harness.reproduction.quantized import MOST, shape, shown, steps_of
 from harness.small_model import layout_of_plan, shrink_stage
 from harness.stages import Run
 
@@ -65,7 +65,11 @@ def subject_of(report: CaseReport) -> Subject:
     failed = [stage.name for stage in report.stages if stage.outcome is Outcome.FAILED]
     limited = [stage.name for stage in report.stages if stage.outcome is Outcome.UNSUPPORTED]
     if not failed and limited:
-        return _limit(report, limited[-1])
+        return _limit(report, limited[-1], report.reason)
+    unsupported = [(s.name, check) for s in report.stages for check in s.checks if is_unsupported(check)]
+    if not failed and unsupported:
+        stage, check = next((pair for pair in unsupported if _RAISED.search(pair[1].detail)), unsupported[0])
+        return _limit(report, stage, check.detail, check.name)
     last = failed[-1] if failed else "quantize"
     errors = [finding for finding in report.findings if finding.is_error and finding.stage == last]
     if failed and not errors:
@@ -73,11 +77,22 @@ def subject_of(report: CaseReport) -> Subject:
     return _ENDS[last](report, errors)
 
 
-def _limit(report: CaseReport, stage: str) -> Subject:
-    """What Megatron or ModelOpt raises whatever the sizes are."""
-    if stage not in ("build", "forward", "quantize"):
-        raise UsageError(f"{report.reason}: nothing was raised, so there is nothing to show")
-    return _run(report, stage, (), ())
+def is_unsupported(check: Check) -> bool:
+    return check.outcome is Outcome.UNSUPPORTED
+
+
+# What a limit says that an exception came to, and what lets the importer raise one.
+_RAISED = re.compile(r"\b[A-Z]\w*(Error|Exception)\b|its importer has no rule (?!for )")
+
+
+def _limit(report: CaseReport, stage: str, words: str, check: str = "") -> Subject:
+    """What Megatron or ModelOpt raises whatever the sizes are, in a stage or in one of its checks."""
+    if stage not in ("build", "forward", "quantize", PARITY) or (check == COVERAGE):
+        raise UsageError(f"{words}: nothing was raised, so there is nothing to show")
+    if (check or stage == PARITY) and not _RAISED.search(words):
+        raise UsageError(f"{words}: nothing was raised, so there is nothing to show")
+    said = replace(report, reason=words)
+    return _parity(said, ()) if stage == PARITY else _run(said, stage, (), (), steps_of(check))
 
 
 def _steps(last: str) -> tuple[str, ...]:
@@ -242,7 +257,7 @@ def _run(
     first = raised or (errors[0] if errors else None)
     what = first.message if first else report.reason
     if raised is None and errors and not end:
-        raise UsageError(f"{what}: there is no script for this, as the harness's arithmetic is what sees it")
+        raise UsageError(f"{what}: no program shows this: it is the harness's own arithmetic that sees it")
     ending = () if raised else end
     return Subject(report.case, what, small.arguments, layout, (*_steps(stage), *more), ending, small)
 
@@ -253,33 +268,19 @@ def _was_raised(finding: Finding) -> bool:
 
 def _parity(report: CaseReport, errors: Sequence[Finding]) -> Subject:
     """The tiny Hugging Face model, and what ModelOpt imports of it or exports in its place."""
-    from harness.parity.blame import lifts
-    from harness.parity.compare import TOLERANCES
-    from harness.parity.settings import completed
-    from harness.parity.twin import NoTwin, twin
     from harness.reproduction.compared import comparison, export
-    from harness.reproduction.script_parity import Published, agreeing
+    from harness.reproduction.script_parity import published_of
 
     case, what, plan = report.case, errors[0].message if errors else report.reason, _plan(report.case)
-    facts, _ = facts_beside(Path(case.path))
-    if facts is None:
-        raise UsageError(f"{what}: nothing published is there to compare with")
-    facts, _ = completed(facts, plan.before.arguments)
-    try:
-        small = twin(facts, plan)
-    except NoTwin as error:
-        raise UsageError(f"{what}: no program shows this: no small Hugging Face model: {error}") from error
-    model, arguments = plan.after, plan.after.arguments
-    lifted = tuple(lifts(model, plan.before.arguments, facts))
-    subject = Subject(case, what, arguments, Layout(), ("config", "build"), model=model)
+    model = plan.after
+    published = published_of(case, plan, what)
+    subject = Subject(case, what, model.arguments, Layout(), ("config", "build"), model=model)
     if case.recipe == PARITY:
-        tolerance = TOLERANCES[case.device.partition(":")[0]]
-        end = (*comparison(errors, tolerance), *agreeing(case.device))
-        published = Published.of(small, model, lifted)
+        end = comparison(errors, case.device)
         return replace(subject, steps=(*subject.steps, PARITY), end=end, published=published)
     whole: tuple[str, ...] = ("quantize", EXPORT)
     more, end = export(errors, find_recipe(case.recipe), dict(parameters(model))) if errors else (whole, ())
-    exported = Published.of(small, model, ()) if EXPORT in more else None
+    exported = published if EXPORT in more else None
     return replace(subject, steps=(*subject.steps, *more), end=end, published=exported)
 
 
