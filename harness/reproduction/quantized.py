@@ -45,7 +45,7 @@ def shown(errors: Sequence[Finding], recipe: str, ranks: int) -> tuple[tuple[str
     for finding in errors:
         row = _SHOWN.get(finding.check or "")
         made: list[str] = []
-        if row is None or (row.numbers and ranks > 1):
+        if row is None or (row.numbers and ranks > 1 and not _SHAPE.search(finding.message)):
             reasons.append(_NOT_SHOWN.get(finding.check or "", _ARITHMETIC) if row is None else _ONE_PROCESS)
         elif not (made := [*row.lines(finding, find_recipe(recipe))]):
             reasons.append(_ARITHMETIC)
@@ -55,6 +55,10 @@ def shown(errors: Sequence[Finding], recipe: str, ranks: int) -> tuple[tuple[str
     if errors and not lines:
         raise UsageError(f"{errors[0].message}: no program shows this: {reasons[0]}")
     return tuple(steps), tuple(lines)
+
+
+# Of an output's shape, which is right on ranks that are simulated, too.
+_SHAPE = re.compile(r"(?:output is|logits are) \d+ x ")
 
 
 def steps_of(check: str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from harness.calibration import Calibration
 from harness.devices import torch_device
 from harness.reproduction.subject import Subject
-from harness.trace import sequence_length
+from harness.trace import BATCH_SIZE, sequence_length
 
 
 def quantizing(subject: Subject, device: str) -> Iterator[str]:
@@ -15,7 +15,11 @@ def quantizing(subject: Subject, device: str) -> Iterator[str]:
     assert model is not None
     length = sequence_length(model, subject.layout)
     tokens = Calibration(model, torch_device("cpu"), length=length).tokens
-    yield f'calibration = torch.randint({model.padded_vocab_size}, {tuple(tokens.shape)}).to("{device}")'
+    # Calibration sees what is measured: what is beyond the range that it saw would be clipped.
+    known = BATCH_SIZE if "forward" in subject.steps else 0
+    more = f"torch.randint({model.padded_vocab_size}, {(len(tokens) - known, length)!r})"
+    more = f'{more}.to("{device}")'
+    yield f"calibration = torch.cat([tokens, {more}])" if known else f"calibration = {more}"
     if "routes" in subject.steps:
         yield "before, routes = routed(model, tokens)"
     if "experts" in subject.steps:
