@@ -374,6 +374,16 @@ def test_a_limit_of_a_proof_becomes_a_program(tmp_path: Path) -> None:
     assert "ValueError: Unsupported MX format: num_bits=8" in done.stderr
 
 
+def test_what_stops_an_import_becomes_a_program(tmp_path: Path) -> None:
+    """Megatron norms queries and keys head by head, so that the published norm does not fit."""
+    report = check(case_of(tmp_path, "MiniMaxAI/MiniMax-M2", recipe=PARITY))
+    assert report.outcome is Outcome.UNSUPPORTED
+    write_script(report, tmp_path / "show.py")
+    done = alone(tmp_path / "show.py")
+    assert done.returncode == 1
+    assert "size mismatch for weight" in done.stderr
+
+
 # ---- what no program shows ----
 
 UNSHOWN = {
