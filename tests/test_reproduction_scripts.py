@@ -296,6 +296,17 @@ COMPARED = {
         Broken("Qwen/Qwen3-8B", (("--norm-epsilon", "1e-5"),), "parity", ("--norm-epsilon",), "", PARITY),
         "AssertionError: ",
     ),
+    "a factor that acts far away": (
+        Broken(
+            "deepseek-ai/DeepSeek-V2-Lite",
+            (("--rotary-scaling-factor", "32"),),
+            "parity",
+            ("--rotary-scaling-factor",),
+            "",
+            PARITY,
+        ),
+        "the angles of decoder.layers.0.self_attention.rotary_pos_emb and of model.rotary_emb differ by ",
+    ),
     "a Mamba hybrid": (
         Broken(
             "nvidia/Nemotron-H-8B-Base-8K",

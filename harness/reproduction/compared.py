@@ -14,13 +14,14 @@ from harness.parity.stored import E2M1_MAX, E4M3_MAX
 from harness.recipes import Format, Recipe
 from harness.reproduction.quantized import MOST, shape
 
-# A part that is tried by itself: its name, and its modules in Hugging Face and in Megatron.
+# Parts that a program compares by themselves, by their modules in Hugging Face and in Megatron.
 _ALONE = re.compile(r"norm alone \((\S+) in Hugging Face, (\S+) in Megatron\)")
+_ROTARY = re.compile(r"rotary frequencies \((\S+) in Hugging Face, (\S+) in Megatron\)")
 _LOGITS = re.compile(r"the logits differ by (\S+?)(?:\.? |\.?$)")
 
 
 def comparison(errors: Sequence[Finding], device: str) -> tuple[str, ...]:
-    """What is asserted of a norm, where that differs by itself, and of the logits.
+    """What is asserted of a norm or of rotary frequencies, where those differ first, and of the logits.
 
     Raises UsageError where nothing of the logits shows it.
     """
@@ -31,6 +32,9 @@ def comparison(errors: Sequence[Finding], device: str) -> tuple[str, ...]:
         f'assert relative <= {tolerance}, f"the logits differ by {{relative:.2g}}"',
     )
     alone, logits = _ALONE.search(message), _LOGITS.search(message)
+    rotary = _ROTARY.search(message)
+    if rotary:
+        return (*_frequencies(rotary[1], rotary[2], tolerance), *end)
     if alone:
         return (*_norms(alone[1], alone[2], tolerance), *end)
     if logits and float(logits[1]) <= tolerance:
@@ -39,6 +43,24 @@ def comparison(errors: Sequence[Finding], device: str) -> tuple[str, ...]:
             "part sees it"
         )
     return end
+
+
+def _frequencies(hf: str, megatron: str, tolerance: float) -> Iterator[str]:
+    """Of positions far away what a few tokens hardly show."""
+    yield "angles: dict[str, torch.Tensor] = {}"
+    yield f"published.get_submodule({hf!r}).register_forward_hook("
+    yield "    lambda module, inputs, out: angles.update(there=published_frequencies(out))"
+    yield ")"
+    yield f"model.get_submodule({megatron!r}).register_forward_hook("
+    yield "    lambda module, inputs, out: angles.update(here=megatron_frequencies(module, out))"
+    yield ")"
+    yield "with torch.no_grad():"
+    yield "    published(input_ids=tokens, use_cache=False)"
+    yield "forward(model, tokens)"
+    yield 'there, here = angles["there"], angles["here"]'
+    yield "apart = float(((there - here).abs() / there.abs()).nan_to_num().max())"
+    words = f"the angles of {megatron} and of {hf} differ by {{apart:.2g}}"
+    yield f'assert apart <= {tolerance}, f"{words}"'
 
 
 def _norms(hf: str, megatron: str, tolerance: float) -> Iterator[str]:

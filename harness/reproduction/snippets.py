@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.filling import KNOWN
-from harness.parity import corrections, importing, lifting, rules
+from harness.parity import corrections, importing, lifting, recording, rules
 from harness.proofs import sharding
 from harness.reproduction.inlined import standing_alone
 
@@ -189,6 +189,8 @@ _FUNCTIONS: Mapping[str, Any] = {
         importing.reading,
         importing.tensors_of,
         rules.grouped,
+        recording.megatron_frequencies,
+        recording.published_frequencies,
         lifting.published_rotation,
         lifting.no_norm_without_rotation,
         sharding.shards_of,
