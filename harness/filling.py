@@ -19,7 +19,7 @@ from harness.sharding import Share
 # Centre and spread by the last part of a parameter's name. Time steps of about a twentieth and decays of
 # about a third per step leave a recurrent mixer a memory of some tokens, neither none nor all; sinks weigh as
 # much as a key does.
-_KNOWN = {
+KNOWN = {
     "A_log": (1.0, 0.5),
     "dt_bias": (-3.0, 0.5),
     "D": (1.0, 0.1),
@@ -73,8 +73,8 @@ def _expert_biases(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _values(name: str, shape: tuple[int, ...], seed: int, centred: bool) -> torch.Tensor:
     values, last = _normal(name, shape, seed), name.rpartition(".")[2]
-    if last in _KNOWN:
-        centre, spread = _KNOWN[last]
+    if last in KNOWN:
+        centre, spread = KNOWN[last]
         return values * spread + centre
     if len(shape) == 1:
         return values * 0.1 + _norm_factor(name, centred)

@@ -18,8 +18,7 @@ from harness.families import INERT_KEYS, find_family
 from harness.inventory import counts
 from harness.layout import Layout
 from harness.parity import checkpoint, hf_mxfp4
-from harness.parity import corrections as plain_scan
-from harness.parity.hf_corrections import correct
+from harness.parity.corrections import correct
 from harness.parity.hf_sizes import size_arguments
 from harness.parity.twin import NoTwin, Twin, twin
 from harness.shrink import ShrinkPlan, shrink
@@ -63,7 +62,7 @@ class Built:
         self.logits = self.logits_of(self.model)
 
     def logits_of(self, model: Any) -> Tensor:
-        plain_scan.correct(model, self.tokens.shape[1])
+        correct(model, self.tokens.shape[1])
         return checkpoint.logits(model, self.tokens)
 
     def moved(self, logits: Tensor) -> float:
@@ -204,6 +203,7 @@ def test_latent_attention_has_the_publishers_scale(name: str, mscale: float) -> 
     """Both publish a factor of 40; one of the two transformers gets right by itself."""
     facts, model = published(name)
     small = checkpoint.build(twin(facts, shrink(model, Layout())))
+    correct(small, 24)
     scales = {module.scaling for module in small.modules() if hasattr(module, "kv_b_proj")}
     assert len(scales) == 1
     assert scales.pop() == pytest.approx((128 + 64) ** -0.5 * (0.1 * mscale * math.log(40) + 1) ** 2)
@@ -353,7 +353,6 @@ def test_transformers_reads_its_own_model_from_the_checkpoint(built: Built, tmp_
     for name, parameter in read.named_parameters():
         if name.startswith(built.twin.without or "\0"):
             nn.init.zeros_(parameter)
-    correct(read, built.twin.text_config)
     # Beside ModelOpt transformers leaves buffers that no checkpoint holds as they were allocated.
     stored, unstored = built.model.state_dict(), dict(read.named_buffers())
     for name, buffer in built.model.named_buffers():

@@ -14,6 +14,7 @@ from harness.architecture import Architecture
 from harness.facts import Facts, facts_beside
 from harness.layers import Attention, MoE
 from harness.layout import Layout
+from harness.parity.corrections import corrections
 from harness.parity.twin import NoTwin, Twin, twin
 from harness.preset import discover, find_presets
 from harness.shrink import ShrinkPlan, shrink
@@ -325,8 +326,8 @@ def test_half_a_decoder_layer_is_left_out() -> None:
 
 
 def test_a_correction_of_transformers_is_declared() -> None:
-    assert any("YaRN's mscale" in line for line in twin_of("DeepSeek-V2-Lite").assumed)
-    assert not any("mscale" in line for line in twin_of("DeepSeek-R1").assumed)
+    assert any("YaRN's mscale" in row.words for row in corrections(twin_of("DeepSeek-V2-Lite").text_config))
+    assert not [*corrections(twin_of("DeepSeek-R1").text_config)]
 
 
 # ---- no twin ----

@@ -287,8 +287,8 @@ def test_a_limit_of_modelopts_becomes_a_program_for_those_who_own_it(tmp_path: P
 
 
 def test_what_no_program_can_show_says_so(passed: CaseReport, tmp_path: Path) -> None:
-    finding = Finding("quantize", Severity.ERROR, "relative error 3, expected at most 0.1", check="effect")
-    with pytest.raises(UsageError, match="there is no script for this"):
+    finding = Finding("quantize", Severity.ERROR, "no rule of this package has such words", check="blocks")
+    with pytest.raises(UsageError, match="no program shows this"):
         write_script(failing(passed, "quantize", finding), tmp_path / "show.py")
 
 

@@ -155,6 +155,25 @@ def limit_at(site: Site, small: Architecture, arguments: Arguments, facts: Facts
     return _unpublished(site, facts, seen)
 
 
+def lifts(small: Architecture, arguments: Arguments, facts: Facts) -> Iterator[Excuse]:
+    """Every limit of this model that ``limit_at`` would lift where it came to it."""
+    sources = {limit.source for limit in limits(facts)}
+    rows = [
+        (parts, f"Megatron: {source} as published no flag can make", lift)
+        for source, (parts, lift) in _LIMITED.items()
+        if source in sources
+    ]
+    rows += [
+        (row.parts, f"Megatron: {row.words}", row.lift)
+        for row in _ROWS
+        if any(row.applies(small, facts, layer) for layer in range(len(small.layers)))
+    ]
+    for parts, words, lift in rows:
+        settings = [setting for part in parts for setting in acting(part, arguments, facts)]
+        if lift is not None and not any(setting.differs for setting in settings):
+            yield Excuse(words, lift)
+
+
 def not_reached(facts: Facts, excused: Sequence[str], tokens: int) -> Iterator[Finding]:
     """A warning for each published thing that no flag can say and that did not act in so many tokens."""
     known = {row.known_as for row in _ROWS if any(row.words in words for words in excused)} - {""}

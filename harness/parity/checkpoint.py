@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from harness.parity import hf_mxfp4
-from harness.parity.hf_corrections import correct
 from harness.parity.hf_effect import check_in_effect
 from harness.parity.hf_fill import fill
 from harness.parity.twin import NoTwin, Twin
@@ -24,21 +23,21 @@ from harness.parity.twin import NoTwin, Twin
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_SEED = 20240607
+SEED = 20240607
 _WEIGHTS = "model.safetensors"
 # The class that is the language model alone, where the published one has more, and its prefix there.
-_LANGUAGE_MODELS = {"Llama4ForConditionalGeneration": ("Llama4ForCausalLM", "language_model.")}
+LANGUAGE_MODELS = {"Llama4ForConditionalGeneration": ("Llama4ForCausalLM", "language_model.")}
 # Names that transformers reads but does not write as the publisher does.
-_RENAMED = {"backbone.embedding.weight": "backbone.embeddings.weight"}
-_IN_MXFP4 = frozenset({"GptOssForCausalLM"})
-_PACKED = re.compile(r"\.experts\.(gate_up|down)_proj$")
+RENAMED = {"backbone.embedding.weight": "backbone.embeddings.weight"}
+IN_MXFP4 = frozenset({"GptOssForCausalLM"})
+PACKED = re.compile(r"\.experts\.(gate_up|down)_proj$")
 
 
 def build(twin: Twin) -> PreTrainedModel:
     """The model of ``twin`` on the CPU: float32, evaluating, filled.
 
-    Mamba's scan in plain torch still wants ``corrections.correct``, which depends on the length of the
-    tokens. Raises NoTwin where a published setting would have no effect.
+    What transformers computes otherwise than the publisher still wants ``corrections.correct``, which depends
+    on the length of the tokens. Raises NoTwin where a published setting would have no effect.
     """
     import transformers
     from huggingface_hub.errors import StrictDataclassError
@@ -56,7 +55,7 @@ def build(twin: Twin) -> PreTrainedModel:
     config._experts_implementation = "eager"
     if hasattr(config, "use_mamba_kernels"):
         config.use_mamba_kernels = False  # theirs are not exact, and loading them may ask the network
-    name, _ = _LANGUAGE_MODELS.get(twin.architecture, (twin.architecture, ""))
+    name, _ = LANGUAGE_MODELS.get(twin.architecture, (twin.architecture, ""))
     with no_init_weights():
         model: Any = getattr(transformers, name)(config)
     model.tie_weights()
@@ -65,9 +64,8 @@ def build(twin: Twin) -> PreTrainedModel:
             f"tie_word_embeddings is on, transformers' code of {config.model_type} does not tie them"
         )
     model.float().eval().requires_grad_(False)
-    fill(model, _SEED)
+    fill(model, SEED)
     _silence(model, twin)
-    correct(model, text)
     found: PreTrainedModel = model
     return found
 
@@ -124,13 +122,13 @@ def checkpoint_tensors(model: PreTrainedModel, twin: Twin) -> dict[str, Tensor]:
     state = dict(model.state_dict())
     for tied in model.all_tied_weights_keys:
         state.pop(tied, None)
-    _, prefix = _LANGUAGE_MODELS.get(twin.architecture, ("", ""))
+    _, prefix = LANGUAGE_MODELS.get(twin.architecture, ("", ""))
     tensors: dict[str, Tensor] = {}
     for name, tensor in revert_weight_conversion(model, state).items():
-        name = prefix + _RENAMED.get(name, name)
+        name = prefix + RENAMED.get(name, name)
         if name.startswith(twin.without or "\0"):
             continue
-        if twin.architecture in _IN_MXFP4 and _PACKED.search(name):
+        if twin.architecture in IN_MXFP4 and PACKED.search(name):
             tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = hf_mxfp4.encode(tensor.mT.cpu())
         else:
             tensors[name] = tensor

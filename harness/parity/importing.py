@@ -60,12 +60,12 @@ def import_checkpoint(model: nn.Module, folder: Path) -> Imported:
         from modelopt.torch.export import import_mcore_gpt_from_hf
 
     empty(model)
-    constants = {name: tensor.clone() for name, tensor in _constants(model)}
+    before = {name: tensor.clone() for name, tensor in constants(model)}
     asked: dict[str, None] = {}
     read: dict[str, None] = {}
     ours: dict[str, str] = {}
     raised = None
-    with _reading(read), _with_rules(asked, ours), captured():
+    with reading(read), _with_rules(asked, ours), captured():
         try:
             import_mcore_gpt_from_hf(model, str(folder), dtype=torch.float32)
         except Exception as error:  # the importer's, whatever it is: its words are the result
@@ -81,7 +81,7 @@ def import_checkpoint(model: nn.Module, folder: Path) -> Imported:
         raised=raised,
         last=next(reversed(read), ""),
         overwritten=tuple(
-            name for name, tensor in _constants(model) if _differ(tensor, constants.get(name, tensor))
+            name for name, tensor in constants(model) if differ(tensor, before.get(name, tensor))
         ),
     )
 
@@ -105,7 +105,7 @@ def _stored(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, buffer
 
 
-def _constants(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def constants(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors that modules have as plain attributes; no checkpoint of Megatron's holds them."""
     for path, module in model.named_modules():
         for name, value in vars(module).items():
@@ -113,7 +113,7 @@ def _constants(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{path}.{name}", value
 
 
-def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+def differ(one: torch.Tensor, other: torch.Tensor) -> bool:
     """A cache that is still as it was allocated may hold what is no number, and equals itself."""
     return one.shape != other.shape or not bool(((one == other) | (one.isnan() & other.isnan())).all())
 
@@ -128,7 +128,7 @@ def tensors_of(folder: Path) -> set[str]:
 
 
 @contextmanager
-def _reading(read: dict[str, None]) -> Iterator[None]:
+def reading(read: dict[str, None]) -> Iterator[None]:
     """Note every tensor that ModelOpt takes from a checkpoint, at the one place where it opens the files."""
     from modelopt.torch.export.plugins import mcore_custom
 

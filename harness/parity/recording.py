@@ -173,12 +173,17 @@ def _split_groups(value: torch.Tensor, heads: int, groups: int, width: int) -> t
 
 def _megatron_rotary(rotary: nn.Module, recorder: Recorder, key: Key, path: str) -> RemovableHandle:
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        angles, scale = output if isinstance(output, tuple) else (output, 1.0)
-        row = angles[1].flatten().double()
-        step = row[::2] if module.rotary_interleaved else row[: len(row) // 2]
-        recorder.add_plain(key, path, torch.cat([step, step.new_tensor([scale])]))
+        recorder.add_plain(key, path, megatron_frequencies(module, output))
 
     return rotary.register_forward_hook(hook)
+
+
+def megatron_frequencies(rotary: Any, output: Any) -> torch.Tensor:
+    """The same of what Megatron's gave as ``published_frequencies`` of Hugging Face's."""
+    angles, scale = output if isinstance(output, tuple) else (output, 1.0)
+    row = angles[1].flatten().double()
+    step = row[::2] if rotary.rotary_interleaved else row[: len(row) // 2]
+    return torch.cat([step, step.new_tensor([scale])])
 
 
 # Hugging Face's side

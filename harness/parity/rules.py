@@ -117,11 +117,11 @@ OURS: Mapping[str, tuple[Ours, ...]] = {
 
 def by_hand(architecture: str, importer: Any) -> Mapping[str, Callable[..., None]]:
     """The rules of ours that no function of the importer can do: the name and what does it."""
-    if architecture not in _FUSED:
+    if architecture not in FUSED:
         return {}
 
     def linear_qkv(module: Any, layer: int, **options: Any) -> None:
-        importer._name_remapping(module, _FUSED[architecture].format(layer))
+        importer._name_remapping(module, FUSED[architecture].format(layer))
         config = module.config
         module.weight.data.copy_(
             grouped(module.weight.data, config.num_attention_heads, config.num_query_groups)
@@ -132,13 +132,13 @@ def by_hand(architecture: str, importer: Any) -> Mapping[str, Callable[..., None
 
 def words_by_hand(architecture: str) -> Mapping[str, str]:
     """What the report says of each rule of ``by_hand``."""
-    if architecture not in _FUSED:
+    if architecture not in FUSED:
         return {}
-    return {"linear_qkv": f"linear_qkv from {_FUSED[architecture]}weight, its rows put group by group"}
+    return {"linear_qkv": f"linear_qkv from {FUSED[architecture]}weight, its rows put group by group"}
 
 
 # Queries, keys and values in one matrix, all heads of each in a row.
-_FUSED: Mapping[str, str] = {"Phi3ForCausalLM": _LAYER + "self_attn.qkv_proj."}
+FUSED: Mapping[str, str] = {"Phi3ForCausalLM": _LAYER + "self_attn.qkv_proj."}
 
 
 def grouped(fused: Any, heads: int, groups: int) -> Any:

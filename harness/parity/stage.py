@@ -41,6 +41,7 @@ from harness.trace import sequence_length, token_ids
 from harness.world import open_world
 
 if TYPE_CHECKING:
+    from harness.architecture import Architecture
     from harness.arguments import Arguments
     from harness.facts import Facts
     from harness.parity.site import Site
@@ -109,7 +110,7 @@ def _proved(
             return Parity((), limit, _detail(imported, small, None))
         return Parity(tuple(import_findings(imported, small, arguments, facts)), "", "")
     vocabulary = min(plan.after.padded_vocab_size, published.config.get_text_config().vocab_size)
-    tokens = token_ids(vocabulary, BATCH_SIZE, _length(plan, small), device)
+    tokens = token_ids(vocabulary, BATCH_SIZE, tokens_of_a_sequence(plan.after, small), device)
     corrections = correct(published, tokens.shape[1])
     excuses: list[str] = []
     with ExitStack() as lifted:
@@ -141,12 +142,12 @@ def _raised(error: Exception, arguments: Arguments, facts: Facts) -> Parity:
     return Parity((build_finding(raised, arguments, facts),), "", "")
 
 
-def _length(plan: ShrinkPlan, small: Twin) -> int:
-    """Tokens of a sequence: beyond the windows of both sides, where they are short enough to be reached."""
-    window = small.text_config.get("sliding_window")
+def tokens_of_a_sequence(small: Architecture, published: Twin) -> int:
+    """So many that they reach beyond the windows of both sides, where they are short enough to be reached."""
+    window = published.text_config.get("sliding_window")
     reach = window + _BEYOND if isinstance(window, int) and window <= _LONGEST_WINDOW else 0
-    length = max(_SHORTEST, reach, sequence_length(plan.after))
-    return min(length, plan.after.max_position_embeddings)
+    length = max(_SHORTEST, reach, sequence_length(small))
+    return min(length, small.max_position_embeddings)
 
 
 def _detail(imported: Imported, small: Twin, comparison: Comparison | None) -> str:

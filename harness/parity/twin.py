@@ -13,7 +13,6 @@ from typing import Any
 from harness.facts import Facts
 from harness.families import Family, Unknown, expectations
 from harness.families.items import Config, LeftOut
-from harness.parity.hf_corrections import corrections
 from harness.parity.hf_layers import kept_layers, layer_keys, published_kinds
 from harness.parity.hf_sizes import tiny_sizes
 from harness.parity.no_twin import NoTwin
@@ -189,7 +188,6 @@ def _nested(config: dict[str, Any], model: _Model) -> Mapping[str, Any]:
 def _assumed(family: Family, config: Config, model: _Model) -> Iterator[str]:
     if model.note:
         yield model.note
-    yield from corrections(config)
     for item in expectations(family, config):
         if isinstance(item, Unknown):
             yield f"{item.key} is not published: transformers' own default"

@@ -145,18 +145,18 @@ def _of_rows(attribute: str, entry: Any) -> bool:
 
 
 def _other_data(module: str, what: str, own: torch.Tensor, entry: Any) -> Iterator[Finding]:
-    stored = torch.cat([shard.data.flatten() for shard in _built(entry)])
+    stored = torch.cat([shard.data.flatten() for shard in shards_in(entry)])
     if stored.dtype != own.dtype or not torch.equal(stored, own.flatten()):
         yield finding(module, f"{what} is not what the sharded state dict holds for it")
 
 
-def _built(entry: Any) -> list[ShardedTensor]:
+def shards_in(entry: Any) -> list[ShardedTensor]:
     return [*_flat(entry.build() if isinstance(entry, ShardedTensorFactory) else entry)]
 
 
 def _axes(attribute: str, name: str, quantizer: TensorQuantizer, entry: Any) -> tuple[int | None, ...]:
     """Of each dimension of a scale, which one of the weight it follows: 0 rows, 1 columns, None neither."""
-    shape = _sizes(entry)[0]
+    shape = sizes_of(entry)[0]
     if not attribute.startswith("weight_quantizer"):
         # Of an input, the channels are the weight's columns; a number for the whole tensor is everyone's.
         return tuple(1 if size > 1 or name == "_pre_quant_scale" else None for size in shape)
@@ -172,8 +172,8 @@ def _axes(attribute: str, name: str, quantizer: TensorQuantizer, entry: Any) -> 
 def _other_split(
     module: str, what: str, weight: Any, entry: Any, axes: tuple[int | None, ...]
 ) -> Iterator[Finding]:
-    local, whole = _sizes(weight)
-    shape, actual = _sizes(entry)
+    local, whole = sizes_of(weight)
+    shape, actual = sizes_of(entry)
     expected = tuple(
         size if axis is None else size * whole[axis] // local[axis]
         for size, axis in zip(shape, axes, strict=True)
@@ -186,9 +186,9 @@ def _other_split(
         yield finding(module, text, expected, actual)
 
 
-def _sizes(entry: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def sizes_of(entry: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape on this rank and on all; the parts of a factory counted together."""
-    shards = _built(entry)
+    shards = shards_in(entry)
     first, axes = shards[0], shards[0].prepend_axis_num
     local, whole = list(first.local_shape), list(first.global_shape[axes:])
     if not local:

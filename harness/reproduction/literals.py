@@ -48,6 +48,17 @@ def literal(value: Any) -> str:
     return _function(value)
 
 
+def pretty(value: Any, indent: str = "") -> str:
+    """A literal over as many lines as it has entries."""
+    inner = indent + "    "
+    if isinstance(value, Mapping) and value:
+        rows = (f"{inner}{literal(key)}: {pretty(entry, inner)},\n" for key, entry in value.items())
+        return "{\n" + "".join(rows) + indent + "}"
+    if isinstance(value, list) and value:
+        return "[\n" + "".join(f"{inner}{pretty(entry, inner)},\n" for entry in value) + indent + "]"
+    return literal(value)
+
+
 def _function(value: Any) -> str:
     for module in _MODULES:
         for name, known in vars(import_module(module)).items():

@@ -11,6 +11,7 @@ from harness.case import REAL, Case, CaseReport, Outcome
 from harness.errors import UsageError
 from harness.reproduction.reduction import reduce, reduction_text
 from harness.reproduction.shape_trace import trace_text
+from harness.reproduction.subject import is_unsupported
 from harness.reproduction.witness import Debugger, Witness
 from harness.runner import run_cases, safely
 
@@ -48,7 +49,8 @@ def again(before: CaseReport, wanted: Wanted, width: int | None) -> tuple[CaseRe
     report = safely(partial(pipeline.check, watch=witness, full_width=wanted.full_width), case)
     texts += [messages.stages_text(report), *map(trace_text, witness.passes)]
     failed = report.outcome in (Outcome.FAILED, Outcome.ERROR)
-    limited = report.outcome is Outcome.UNSUPPORTED
+    checks = [check for stage in report.stages for check in stage.checks]
+    limited = report.outcome is Outcome.UNSUPPORTED or any(map(is_unsupported, checks))
     if script is not None and (failed or limited):
         texts.append(_script(report, script))
     if wanted.reduce and failed:

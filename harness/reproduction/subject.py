@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.architecture import Architecture, NotAModel, architecture
 from harness.arguments import Arguments, flag_for
-from harness.case import PARITY, Case, CaseReport, Outcome
+from harness.case import COVERAGE, EXPORT, PARITY, Case, CaseReport, Check, Outcome
 from harness.errors import UsageError
 from harness.facts import facts_beside
 from harness.finding import Finding
@@ -23,18 +23,17 @@ from harness.layout import Layout
 from harness.mismatch import published_values
 from harness.pipeline import full_size, with_vocabulary
 from harness.preset import PresetFile, load_preset
+from harness.recipes import find_recipe
 from harness.reference import shown_value
+from harness.reproduction.quantized import MOST, shape, shown, steps_of
 from harness.small_model import layout_of_plan, shrink_stage
 from harness.stages import Run
 
 if TYPE_CHECKING:
-    from harness.parity.twin import Twin
+    from harness.reproduction.script_parity import Published
     from harness.shrink import ShrinkPlan
 
-STEPS = ("parser", "config", "build", "forward", "quantize", "parity")
-
-# Shapes that a program compares: the first of them say what is wrong.
-_MOST_SHAPES = 8
+STEPS = ("parser", "config", "build", "forward", "quantize", PARITY, EXPORT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +52,12 @@ class Subject:
     model: Architecture | None = None
     meta: bool = False
     words: tuple[str, ...] = ()
-    twin: Twin | None = None
+    published: Published | None = None
 
     @property
     def dtype(self) -> str:
         """In which the model is built, as torch writes it."""
-        return "torch.float32" if self.twin is not None else "torch.bfloat16"
+        return "torch.float32" if PARITY in self.steps else "torch.bfloat16"
 
 
 def subject_of(report: CaseReport) -> Subject:
@@ -66,7 +65,11 @@ def subject_of(report: CaseReport) -> Subject:
     failed = [stage.name for stage in report.stages if stage.outcome is Outcome.FAILED]
     limited = [stage.name for stage in report.stages if stage.outcome is Outcome.UNSUPPORTED]
     if not failed and limited:
-        return _limit(report, limited[-1])
+        return _limit(report, limited[-1], report.reason)
+    unsupported = [(s.name, check) for s in report.stages for check in s.checks if is_unsupported(check)]
+    if not failed and unsupported:
+        stage, check = next((pair for pair in unsupported if _RAISED.search(pair[1].detail)), unsupported[0])
+        return _limit(report, stage, check.detail, check.name)
     last = failed[-1] if failed else "quantize"
     errors = [finding for finding in report.findings if finding.is_error and finding.stage == last]
     if failed and not errors:
@@ -74,11 +77,22 @@ def subject_of(report: CaseReport) -> Subject:
     return _ENDS[last](report, errors)
 
 
-def _limit(report: CaseReport, stage: str) -> Subject:
-    """What Megatron or ModelOpt raises whatever the sizes are."""
-    if stage not in ("build", "forward", "quantize"):
-        raise UsageError(f"{report.reason}: nothing was raised, so there is nothing to show")
-    return _run(report, stage, (), ())
+def is_unsupported(check: Check) -> bool:
+    return check.outcome is Outcome.UNSUPPORTED
+
+
+# What a limit says that an exception came to, and what lets the importer raise one.
+_RAISED = re.compile(r"\b[A-Z]\w*(Error|Exception)\b|its importer has no rule (?!for )")
+
+
+def _limit(report: CaseReport, stage: str, words: str, check: str = "") -> Subject:
+    """What Megatron or ModelOpt raises whatever the sizes are, in a stage or in one of its checks."""
+    if stage not in ("build", "forward", "quantize", PARITY) or (check == COVERAGE):
+        raise UsageError(f"{words}: nothing was raised, so there is nothing to show")
+    if (check or stage == PARITY) and not _RAISED.search(words):
+        raise UsageError(f"{words}: nothing was raised, so there is nothing to show")
+    said = replace(report, reason=words)
+    return _parity(said, ()) if stage == PARITY else _run(said, stage, (), (), steps_of(check))
 
 
 def _steps(last: str) -> tuple[str, ...]:
@@ -163,7 +177,7 @@ def _parted(
     mine = parameters(model)
     names = [name for name in wanted if mine.get(name) != wanted[name]]
     names += [name for name in mine if name not in wanted]
-    return {name: wanted.get(name) for name in names[:_MOST_SHAPES]}
+    return {name: wanted.get(name) for name in names[:MOST]}
 
 
 def _shapes(wanted: Mapping[str, tuple[int, ...] | None], word: str) -> tuple[str, ...]:
@@ -194,13 +208,13 @@ def _build(report: CaseReport, errors: Sequence[Finding]) -> Subject:
     for finding in errors:
         if finding.module:
             parameter = finding.message.partition("  ")[2].partition(" ")[0]
-            wanted[f"{finding.module}.{parameter}"] = _shape(finding.expected)
+            wanted[f"{finding.module}.{parameter}"] = shape(finding.expected)
     return _run(report, "build", errors, _shapes(wanted, "expected"))
 
 
 def _forward(report: CaseReport, errors: Sequence[Finding]) -> Subject:
     lines: list[str] = []
-    for finding in errors[:_MOST_SHAPES]:
+    for finding in errors[:MOST]:
         lines += _of_pass(finding)
     return _run(report, "forward", errors, tuple(lines))
 
@@ -214,56 +228,38 @@ def _of_pass(finding: Finding) -> Iterator[str]:
         key, index = (finding.module, side[1]), int(side[2] or 0)
         seen = f"seen[{key!r}][{index}]"
         words = f"{finding.module} {side[0].strip()}"
-        yield f'assert {seen} == {_shape(finding.expected)!r}, f"{words} {{{seen}}}"'
+        yield f'assert {seen} == {shape(finding.expected)!r}, f"{words} {{{seen}}}"'
     elif finding.module:
         yield f'assert ({finding.module!r}, "input") in seen, "{finding.module} never ran"'
     elif isinstance(finding.expected, list | tuple):
-        yield f"assert tuple(logits.shape) == {_shape(finding.expected)!r}, tuple(logits.shape)"
+        yield f"assert tuple(logits.shape) == {shape(finding.expected)!r}, tuple(logits.shape)"
     elif "not finite" in finding.message:
         yield "assert bool(torch.isfinite(logits).all()), 'logits are not finite'"
 
 
-def _shape(value: Any) -> tuple[int, ...] | None:
-    """A shape that has been JSON in between is a list."""
-    return None if value is None else tuple(value)
-
-
-_QUANTIZER = re.compile(r"  (\w+_quantizer) is (.+), \S+ means it (.+)$")
-
-
 def _quantize(report: CaseReport, errors: Sequence[Finding]) -> Subject:
-    lines: list[str] = []
-    for finding in errors[:_MOST_SHAPES]:
-        lines += _of_quantizers(finding)
-    return _run(report, "quantize", errors, tuple(lines))
+    ranks = report.case.layout.world_size
+    raised = any(_was_raised(finding) for finding in errors)
+    more, lines = ((), ()) if raised else shown(errors, report.case.recipe, ranks)
+    return _run(report, "quantize", errors, lines, more)
 
 
-def _of_quantizers(finding: Finding) -> Iterator[str]:
-    meant = _QUANTIZER.search(finding.message)
-    if meant:
-        name = f"{finding.module}.{meant[1]}"
-        yield f"on = [one.is_enabled for path, one in quantizers(model) if path.startswith({name!r})]"
-        yield f'assert any(on) is {meant[3] != "off"}, f"{name} is enabled: {{on}}"'
-    elif finding.check == "coverage" and isinstance(finding.actual, str):
-        pattern = finding.actual
-        yield f"fits = [path for path, one in quantizers(model) if fnmatch.fnmatch(path, {pattern!r})]"
-        yield f"assert fits, {f'{pattern} matches no quantizer'!r}"
-    elif "has no amax" in finding.message or finding.expected == "finite and positive":
-        yield "for path, one in quantizers(model):"
-        yield f"    if path.startswith({finding.module!r}) and one.is_enabled:"
-        yield "        assert one.amax is not None and bool((one.amax > 0).all()), path"
-
-
-def _run(report: CaseReport, stage: str, errors: Sequence[Finding], end: tuple[str, ...]) -> Subject:
+def _run(
+    report: CaseReport,
+    stage: str,
+    errors: Sequence[Finding],
+    end: tuple[str, ...],
+    more: tuple[str, ...] = (),
+) -> Subject:
     """The small model as far as ``stage``; nothing is asserted where that raises."""
     small, layout = _small(report.case)
     raised = next((finding for finding in errors if _was_raised(finding)), None)
     first = raised or (errors[0] if errors else None)
     what = first.message if first else report.reason
     if raised is None and errors and not end:
-        raise UsageError(f"{what}: there is no script for this, as the harness's arithmetic is what sees it")
+        raise UsageError(f"{what}: no program shows this: it is the harness's own arithmetic that sees it")
     ending = () if raised else end
-    return Subject(report.case, what, small.arguments, layout, _steps(stage), ending, small)
+    return Subject(report.case, what, small.arguments, layout, (*_steps(stage), *more), ending, small)
 
 
 def _was_raised(finding: Finding) -> bool:
@@ -271,17 +267,21 @@ def _was_raised(finding: Finding) -> bool:
 
 
 def _parity(report: CaseReport, errors: Sequence[Finding]) -> Subject:
-    """The tiny Hugging Face model, ModelOpt's import of it, and both of their logits."""
-    from harness.parity.settings import completed
-    from harness.parity.twin import twin
+    """The tiny Hugging Face model, and what ModelOpt imports of it or exports in its place."""
+    from harness.reproduction.compared import comparison, export
+    from harness.reproduction.script_parity import published_of
 
-    case, what, plan = report.case, errors[0].message, _plan(report.case)
-    facts, _ = facts_beside(Path(case.path))
-    if facts is None or case.recipe != PARITY:
-        raise UsageError(f"{what}: there is no script of an export")
-    small = twin(completed(facts, plan.before.arguments)[0], plan)
-    arguments, steps = plan.after.arguments, ("config", "build", "parity")
-    return Subject(case, what, arguments, Layout(), steps, model=plan.after, twin=small)
+    case, what, plan = report.case, errors[0].message if errors else report.reason, _plan(report.case)
+    model = plan.after
+    published = published_of(case, plan, what)
+    subject = Subject(case, what, model.arguments, Layout(), ("config", "build"), model=model)
+    if case.recipe == PARITY:
+        end = comparison(errors, case.device)
+        return replace(subject, steps=(*subject.steps, PARITY), end=end, published=published)
+    whole: tuple[str, ...] = ("quantize", EXPORT)
+    more, end = export(errors, find_recipe(case.recipe), dict(parameters(model))) if errors else (whole, ())
+    exported = published if EXPORT in more else None
+    return replace(subject, steps=(*subject.steps, *more), end=end, published=exported)
 
 
 _ENDS: Mapping[str, Callable[[CaseReport, Sequence[Finding]], Subject]] = {
