@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from broken import TREE, edit
+from programs import alone
 
 from harness import messages
 from harness.case import PARITY, Case, CaseReport, Outcome
@@ -159,15 +158,6 @@ def report_of(folder: Path, broken: Broken) -> CaseReport:
     return check(case_of(folder, broken.preset, broken.edits, **more))
 
 
-def alone(script: Path) -> subprocess.CompletedProcess[str]:
-    """Run it in a process that cannot import the harness."""
-    program = (
-        "import runpy, sys; sys.modules['harness'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
-    )
-    command = [sys.executable, "-I", "-W", "ignore", "-c", program, str(script)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-
-
 # ---- every kind of failure ----
 
 
@@ -262,7 +252,7 @@ def test_what_the_harness_found_is_asserted_on_the_same_model(
 def test_the_program_of_a_case_that_died_goes_through_every_stage(passed: CaseReport, tmp_path: Path) -> None:
     died = replace(passed, outcome=Outcome.ERROR, reason="the worker was killed by SIGSEGV", stages=())
     write_script(died, tmp_path / "show.py")
-    done = alone(tmp_path / "show.py")
+    done = alone(tmp_path / "show.py", fresh=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_reproduction import Broken, alone, case_of, report_of
+from programs import alone
+from test_reproduction import Broken, case_of, report_of
 
 from harness.case import EXPORT, PARITY, CaseReport, Check, Outcome, StageReport
 from harness.errors import UsageError
