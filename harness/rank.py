@@ -112,8 +112,10 @@ def _sizes(num_layers: int, layout: Layout) -> list[int]:
     if left == 0 and rest:
         raise UnevenStages(f"the stages hold {sum(given)} layers, the model has {num_layers}")
     if rest < left or (left and rest % left):
-        what = "the other layers" if given else "layers"
-        raise UnevenStages(f"{rest} {what} / {left} pipeline stages is not whole, or leaves one empty")
+        other = "other " if given else ""
+        raise UnevenStages(
+            f"{rest} {other}layers / {left} {other}pipeline stages is not whole, or leaves one empty"
+        )
     sizes = [rest // left] * left if left else []
     return [
         *([layout.first] if layout.first is not None else []),

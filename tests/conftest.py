@@ -1,5 +1,5 @@
-"""Hypothesis for machines that are busy: a slow draw is no failure. Workers that share what is left to do. And
-no threads of worlds long closed, no models of tests long over, and nothing on the page of a run on GitHub."""
+"""Hypothesis for machines that are busy: a slow draw is no failure. Workers that share what is left to do.
+And no threads of worlds long closed, no models of tests long over, nothing on the page of a run on GitHub."""
 
 from __future__ import annotations
 

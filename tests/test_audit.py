@@ -217,7 +217,7 @@ def test_a_misfit_does_not_fail_the_preset(tmp_path: Path) -> None:
         ),
         ("Qwen3-8B", "tp3", "--num-query-groups", "Megatron: 8 query groups / tp3 is not whole"),
         ("Qwen3-8B", "pp5", "--num-layers", "Megatron: 36 layers / 5 pipeline stages is not whole"),
-        ("Qwen3-8B", "pp3,first5", "--num-layers", "Megatron: 31 the other layers / 2 pipeline stages"),
+        ("Qwen3-8B", "pp3,first5", "--num-layers", "Megatron: 31 other layers / 2 other pipeline stages"),
         ("Qwen3-30B-A3B", "ep3", "--num-experts", "Megatron: 128 experts / ep3 is not whole"),
         (
             "Qwen3-30B-A3B",
