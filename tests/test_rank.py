@@ -169,7 +169,12 @@ REFUSALS = [
     (9, "pp3,first2", None, "7 other layers / 2 other pipeline stages is not whole"),
     (9, "pp3,last2", None, "7 other layers / 2 other pipeline stages is not whole"),
     (9, "pp2,first2,last2", None, "the stages hold 4 layers, the model has 9"),
-    (4, "pp3,first2,last2", None, "0 other layers / 1 other pipeline stages is not whole, or leaves one empty"),
+    (
+        4,
+        "pp3,first2,last2",
+        None,
+        "0 other layers / 1 other pipeline stages is not whole, or leaves one empty",
+    ),
     (4, "pp2,first4", None, "0 other layers / 1 other pipeline stages is not whole, or leaves one empty"),
     (8, "pp3", "M*M-M*M-", "8 layers / 3 pipeline stages is not whole"),
     (8, "pp3,first1", "M*M-M*M-", "7 other layers / 2 other pipeline stages is not whole"),
