@@ -1,5 +1,5 @@
-"""Hypothesis for machines that are busy: a slow draw is no failure. Workers that share what is left to do.
-And no threads of worlds long closed, no models of tests long over, nothing on the page of a run on GitHub."""
+"""Hypothesis for machines that are busy: a slow draw is no failure. And no threads of worlds long closed, no
+models of tests long over, and nothing on the page of a run on GitHub."""
 
 from __future__ import annotations
 
@@ -7,20 +7,11 @@ import gc
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
-from xdist.scheduler import WorkStealingScheduling
 
 from harness.worker import give_back_memory, resident_bytes
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """A worker that has nothing left takes tests from one that has many: some take minutes."""
-    return WorkStealingScheduling(config, log)
-
 
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
