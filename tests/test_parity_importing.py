@@ -20,7 +20,7 @@ from harness.parity.importing import (
     absent_tensor,
     empty,
     import_checkpoint,
-    tensors_of,
+    stored_names,
     unfilled,
 )
 from harness.parity.rules import OURS, added, grouped
@@ -57,7 +57,7 @@ def _imported(name: str, folder: Path, edit: Callable[[Tensors], None] = lambda 
 def test_every_tensor_is_read_and_every_parameter_filled(name: str, tmp_path: Path) -> None:
     found = _imported(name, tmp_path)
     assert found.complete
-    assert found.read == tensors_of(tmp_path)
+    assert found.read == stored_names(tmp_path)
     assert (found.unread, found.unfilled, found.ours, found.missing, found.raised) == ((), (), (), (), None)
 
 

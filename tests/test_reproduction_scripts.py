@@ -3,6 +3,7 @@ it should, also where its report has been JSON."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from harness.pipeline import check
 from harness.recipes import find_recipe
 from harness.report import from_json, to_json
 from harness.reproduction.script import write_script
+from harness.reproduction.snippets import FUNCTIONS, snippets
+from harness.standins.patching import patched
 
 DENSE, EXPERTS = "Qwen/Qwen3-0.6B", "Qwen/Qwen3-30B-A3B"
 LAYER = "decoder.layers.0."
@@ -52,6 +55,29 @@ def report_with(
     )
     (again,) = from_json(json.loads(json.dumps(to_json([report]))))
     return again
+
+
+# ---- what programs are made of ----
+
+
+def test_a_program_has_every_name_that_stands_in_it() -> None:
+    """In annotations, too, which nothing evaluates."""
+    text, lines = snippets("\n".join(f"{name}()" for name in FUNCTIONS))
+    header = "from __future__ import annotations\nimport torch\nfrom typing import Any\n"
+    header += "from collections.abc import Iterator\nfrom contextlib import contextmanager\n"
+    program = "\n".join((header, *lines, inspect.getsource(patched), text))
+    assert {name for name in FUNCTIONS if f"def {name}(" not in text} == set()
+    assert _undefined(program) == []
+    assert _undefined(program.replace("import torch.nn as nn\n", ""))
+
+
+def _undefined(program: str) -> list[str]:
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821,F811,E9", "-"]
+    done = subprocess.run(
+        [*command, "--output-format", "concise"], input=program, capture_output=True, text=True
+    )
+    assert done.returncode in (0, 1), done.stderr
+    return [line for line in done.stdout.splitlines() if line.startswith("-:")]
 
 
 # ---- what is wrong ----

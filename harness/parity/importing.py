@@ -74,7 +74,7 @@ def import_checkpoint(model: nn.Module, folder: Path) -> Imported:
             raised = Raised.of(error)
     return Imported(
         read=frozenset(read),
-        unread=tuple(sorted(tensors_of(folder) - read.keys())),
+        unread=tuple(sorted(stored_names(folder) - read.keys())),
         unfilled=tuple(unfilled(model)),
         ours=tuple(ours.values()),
         missing=tuple(asked),
@@ -118,7 +118,7 @@ def differ(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape != other.shape or not bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-def tensors_of(folder: Path) -> set[str]:
+def stored_names(folder: Path) -> set[str]:
     """The names of all tensors of a checkpoint."""
     names: set[str] = set()
     for path in sorted(folder.glob("*.safetensors")):

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from harness.parity.checkpoint import language_model
 from harness.parity.recording import published_frequencies, submodule
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
 
 # A published and a Megatron model -> the pass of the latter without the limit.
 Lift = Callable[[Any, Any], AbstractContextManager[None]]

@@ -36,7 +36,7 @@ from modelopt.torch.utils import safe_load  # noqa: E402
 NAME, NAME_SHARDED, NAME_SHARDING = "state", "sharded state", "sharding"
 
 # What a quantizer notes down and does not go by: a type of input it saw, shapes it was last restored to.
-_NOTES = {"_input_dtype", "_pytorch_state_metadata"}
+_NOTES = ("_input_dtype", "_pytorch_state_metadata")
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _prove(
     if not has_errors(findings):
         restored = fresh()
         try:
-            findings += restore(restored, saved) or [*check_restored(model, restored)]
+            findings += restore(restored, saved) or [finding(*row) for row in unlike(model, restored)]
         except Exception as error:
             message = f"a fresh model cannot be restored from the {name}: {said(error)}"
             findings.append(finding(None, message, "restored", type(error).__name__))
@@ -228,18 +228,21 @@ def _unlike_in_size(own: Mapping[str, torch.Tensor], tensors: Mapping[str, Any])
             yield finding(module, what, expected, actual)
 
 
-def check_restored(model: nn.Module, restored: nn.Module) -> Iterator[Finding]:
-    """Findings where a tensor of ``restored`` is not that of ``model``, or a quantizer set otherwise."""
+def unlike(model: nn.Module, restored: nn.Module) -> Iterator[tuple[str, str, Any, Any]]:
+    """Tensors of ``restored`` that are not those of ``model``, and quantizers set otherwise.
+
+    Of each the path of its module, what is wrong, what it should be and what it is.
+    """
     expected, actual = tensors_of(model), tensors_of(restored)
     for name in [*expected, *(name for name in actual if name not in expected)]:
         module, attribute = place(name)
         if name not in actual or name not in expected:
             side = "lost in" if name in expected else "new in"
-            yield finding(module, f"{attribute} is {side} the restored model")
+            yield module, f"{attribute} is {side} the restored model", None, None
         elif not _same(expected[name], actual[name]):
-            changed = int((expected[name].flatten() != actual[name].flatten()).sum())
+            changed = _changed(expected[name].flatten(), actual[name].flatten())
             what = f"{attribute} is restored to another value in {changed} of {expected[name].numel()} places"
-            yield finding(module, what, 0, changed)
+            yield module, what, 0, changed
     others = dict(restored.named_modules())
     for name, quantizer in model.named_modules():
         if isinstance(quantizer, TensorQuantizer):
@@ -251,30 +254,32 @@ def _same(expected: torch.Tensor, actual: torch.Tensor) -> bool:
     return same and torch.equal(expected.flatten(), actual.flatten())
 
 
-def _set_otherwise(name: str, quantizer: Any, other: Any) -> Iterator[Finding]:
+def _changed(expected: torch.Tensor, actual: torch.Tensor) -> int:
+    return int((expected != actual).sum()) if expected.shape == actual.shape else expected.numel()
+
+
+def _set_otherwise(name: str, quantizer: Any, other: Any) -> Iterator[tuple[str, str, Any, Any]]:
     module, attribute = place(name)
     if type(other) is not type(quantizer):
         what = f"{attribute} is restored as {type(other).__name__}, saved as {type(quantizer).__name__}"
-        yield finding(module, what, type(quantizer).__name__, type(other).__name__)
+        yield module, what, type(quantizer).__name__, type(other).__name__
         return
     if not quantizer.is_enabled and not other.is_enabled:
         return  # how one that is off would quantize is not kept everywhere
     wanted = quantizer.get_modelopt_state(properties_only=True)
     found = other.get_modelopt_state(properties_only=True)
-    for key in sorted((wanted.keys() | found.keys()) - _NOTES):
+    for key in sorted((wanted.keys() | found.keys()) - set(_NOTES)):
         before, now = wanted.get(key), found.get(key)
         # Some algorithms leave tensors in attributes of their own, which are no part of a saved state.
         if not isinstance(before, torch.Tensor) and not isinstance(now, torch.Tensor) and before != now:
-            yield finding(
-                module, f"{attribute} has {key} {now!r} after restoring, {before!r} before", before, now
-            )
+            yield module, f"{attribute} has {key} {now!r} after restoring, {before!r} before", before, now
 
 
 def check_output(expected: torch.Tensor, actual: torch.Tensor) -> tuple[Finding, ...]:
     """A finding where the restored model's logits are not bit for bit those of the saved one."""
     if expected.shape == actual.shape and torch.equal(expected, actual):
         return ()
-    changed = int((expected != actual).sum()) if expected.shape == actual.shape else expected.numel()
+    changed = _changed(expected, actual)
     what = f"{changed} of {expected.numel()} logits of the restored model are not what they were"
     return (finding(None, what, 0, changed),)
 

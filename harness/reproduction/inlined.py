@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dis
 import inspect
 import re
@@ -10,7 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from types import CodeType, ModuleType
+from types import CodeType, GenericAlias, ModuleType
 from typing import Any
 
 from harness.reproduction.literals import literal
@@ -90,14 +91,21 @@ def standing_alone(function: Callable[..., Any]) -> tuple[Mapping[str, str], tup
 
 def _follow(function: Callable[..., Any], written: dict[str, str], imports: dict[str, None]) -> None:
     plain = inspect.unwrap(function)
-    written[plain.__name__] = inspect.getsource(plain)
-    for name in _globals_of(plain.__code__):
+    source = inspect.getsource(plain)
+    written[plain.__name__] = source
+    said = {*_annotations(source)}
+    for name in (*_globals_of(plain.__code__), *sorted(said)):
         if name in written or name not in plain.__globals__ or name in _AT_THE_TOP:
             continue
         value = plain.__globals__[name]
         home = getattr(value, "__module__", None)
+        if name in said and isinstance(value, GenericAlias):
+            imports |= dict.fromkeys(("import collections.abc", "import typing"))
+            written[name] = f"{name} = {value!r}\n"
+            continue
         if isinstance(value, ModuleType):
-            imports[f"import {value.__name__} as {name}"] = None
+            same = value.__name__ == name
+            imports[f"import {name}" if same else f"import {value.__name__} as {name}"] = None
         elif callable(value) and isinstance(home, str) and home.startswith(_PACKAGE):
             _follow(value, written, imports)
         elif callable(value) and isinstance(home, str):
@@ -108,8 +116,9 @@ def _follow(function: Callable[..., Any], written: dict[str, str], imports: dict
 
 def _importing(home: str, name: str, value: Any) -> str:
     """The line that imports ``value``; a module written in another language may have no name to go by."""
-    if getattr(sys.modules.get(home), name, None) is value:
-        return f"from {home} import {name}"
+    for module in (home.partition("._")[0], home):
+        if getattr(sys.modules.get(module), name, None) is value:
+            return f"from {module} import {name}"
     package = next(
         key for key, module in sys.modules.items() if "." not in key and getattr(module, name, None) is value
     )
@@ -117,7 +126,16 @@ def _importing(home: str, name: str, value: Any) -> str:
 
 
 # What every program has anyway.
-_AT_THE_TOP = frozenset({"patched", "torch", "contextmanager"})
+_AT_THE_TOP = frozenset({"patched", "torch", "contextmanager", "Any", "Iterator"})
+
+
+def _annotations(source: str) -> Iterator[str]:
+    """The names in annotations: no code loads them, and whoever reads a program looks for them."""
+    for node in ast.walk(ast.parse(textwrap.dedent(source))):
+        for name in ("annotation", "returns"):
+            annotation = getattr(node, name, None)
+            if isinstance(annotation, ast.expr):
+                yield from (each.id for each in ast.walk(annotation) if isinstance(each, ast.Name))
 
 
 def _globals_of(code: CodeType) -> Iterator[str]:

@@ -155,7 +155,7 @@ def _effect(finding: Finding, recipe: Recipe) -> Iterator[str]:
         yield "changed = int((before != off).sum())"
         yield f'assert not changed, f"{what} differ in {{changed}} places"'
     elif (bound := _bound(finding)) is not None:
-        yield f"error = relative(before, {logits})"
+        yield f"error = relative_error(before, {logits})"
         words = f"{what} move by {{error:.2g}} of their size, expected at most {bound}"
         yield f'assert error <= {bound}, f"{words}"'
 
@@ -177,7 +177,8 @@ def _state(finding: Finding, recipe: Recipe) -> Iterator[str]:
     elif finding.module and "in the sharded state dict" in finding.message:
         yield from _sharding(finding, recipe)
     else:
-        yield f"wrong = [*unlike(model, restored, {finding.module or ''!r})]"
+        yield 'wrong = [f"{path}  {what}" for path, what, *_ in unlike(model, restored)]'
+        yield f"wrong = [words for words in wrong if words.startswith({finding.module or ''!r})]"
         yield "assert not wrong, wrong[0]"
 
 
@@ -209,7 +210,7 @@ def _weights(finding: Finding, recipe: Recipe) -> Iterator[str]:
     path, message = finding.module, finding.message
     if path is None:
         bound = _bound(finding)
-        yield "error = relative(after, routed(model, tokens, routes)[0])"
+        yield "error = relative_error(after, routed(model, tokens, routes)[0])"
         words = f"packed weights move the logits by {{error:.2g}} of their size, expected at most {bound}"
         yield f'assert error <= {bound}, f"{words}"'
         return

@@ -154,7 +154,7 @@ def imported(published: Published) -> Iterator[str]:
     yield "with tempfile.TemporaryDirectory() as folder, reading(read):"
     yield "    save(published, Path(folder))"
     yield "    import_mcore_gpt_from_hf(model, folder, dtype=torch.float32)"
-    yield "    unread = sorted(tensors_of(Path(folder)) - read.keys())"
+    yield "    unread = sorted(stored_names(Path(folder)) - read.keys())"
     if name in FUSED:
         yield "# All queries come first, then all keys, then all values: Megatron has them group by group."
         yield "for path, module in model.named_modules():"

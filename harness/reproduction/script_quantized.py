@@ -23,7 +23,7 @@ def quantizing(subject: Subject, device: str) -> Iterator[str]:
     if "routes" in subject.steps:
         yield "before, routes = routed(model, tokens)"
     if "experts" in subject.steps:
-        yield "counts = counted(model)"
+        yield "counts = stack.enter_context(counting(model))"
     yield "mtq.quantize(model, RECIPE, lambda model: forward(model, calibration))"
     if "forward" in subject.steps:
         yield "logits = forward(model, tokens)"

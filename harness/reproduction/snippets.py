@@ -10,9 +10,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from harness import routing
 from harness.filling import KNOWN
 from harness.parity import corrections, importing, lifting, recording, rules
-from harness.proofs import sharding
+from harness.proofs import effect, quantizers, sharding, state
 from harness.reproduction.inlined import standing_alone
 
 _FILL = f'''
@@ -90,60 +91,6 @@ def routed(model: Any, tokens: torch.Tensor, routes: Any = None) -> tuple[torch.
         router.router_replay = before
     return logits, chosen
 '''
-_COUNTED = '''
-def counted(model: Any) -> dict[str, int]:
-    """How many tokens each expert is given in all later passes."""
-    counts = {}
-    for name, module in model.named_modules():
-        if name.rpartition(".")[0].endswith(".local_experts"):
-            counts[name] = 0
-
-            def note(module: Any, args: Any, name: str = name) -> None:
-                counts[name] += len(args[0])
-
-            module.register_forward_pre_hook(note)
-    return counts
-'''
-_QUANTIZERS = """
-def quantizers(model: Any) -> Iterator[tuple[str, Any]]:
-    return ((path, one) for path, one in model.named_modules() if isinstance(one, TensorQuantizer))
-"""
-_RELATIVE = '''
-def relative(before: torch.Tensor, after: torch.Tensor) -> float:
-    """The size of the difference over that of what was before."""
-    return float((after.float() - before.float()).norm() / before.float().norm())
-'''
-_UNLIKE = '''
-def unlike(model: Any, restored: Any, place: str) -> Iterator[str]:
-    """Tensors and quantizers at ``place`` that are not in ``restored`` as they are in ``model``."""
-    before, after = (
-        {name: tensor for name, tensor in one.state_dict().items() if not name.endswith("_extra_state")}
-        for one in (model, restored)
-    )
-    for name in [*before, *(name for name in after if name not in before)]:
-        if not name.startswith(place):
-            continue
-        if name not in before or name not in after:
-            yield f"{name} is {'lost in' if name in before else 'new in'} the restored model"
-        elif before[name].dtype != after[name].dtype or before[name].numel() != after[name].numel():
-            one, other = before[name], after[name]
-            yield f"{name} is {list(other.shape)} of {other.dtype}, {list(one.shape)} of {one.dtype} before"
-        elif not torch.equal(before[name].flatten(), after[name].flatten()):
-            yield f"{name} is restored to another value"
-    others = dict(restored.named_modules())
-    for name, one in quantizers(model):
-        other = others.get(name)
-        if not name.startswith(place):
-            continue
-        if type(one) is not type(other):
-            yield f"{name} is restored as {type(other).__name__}, saved as {type(one).__name__}"
-        elif one.is_enabled or other.is_enabled:
-            kept, found = (each.get_modelopt_state(properties_only=True) for each in (one, other))
-            for key in sorted((kept.keys() | found.keys()) - {"_input_dtype", "_pytorch_state_metadata"}):
-                values = kept.get(key), found.get(key)
-                if not any(isinstance(value, torch.Tensor) for value in values) and values[0] != values[1]:
-                    yield f"{name} has {key} {values[1]!r} after restoring, {values[0]!r} before"
-'''
 _DESCRIBED = '''
 def described(tensor: Any) -> str:
     """``512 x 896 of bfloat16``."""
@@ -170,15 +117,11 @@ _TEXTS: Mapping[str, str] = {
     "with_graph": _WITH_GRAPH,
     "routed": _ROUTED,
     "watched": _WATCHED,
-    "counted": _COUNTED,
-    "quantizers": _QUANTIZERS,
-    "relative": _RELATIVE,
-    "unlike": _UNLIKE,
     "described": _DESCRIBED,
     "blocks_of": _BLOCKS_OF,
     "first_of": _FIRST_OF,
 }
-_FUNCTIONS: Mapping[str, Any] = {
+_STANDING_ALONE: Mapping[str, Any] = {
     function.__name__: function
     for function in (
         *(row.correct for row in corrections.CORRECTIONS),
@@ -187,7 +130,7 @@ _FUNCTIONS: Mapping[str, Any] = {
         importing.constants,
         importing.differ,
         importing.reading,
-        importing.tensors_of,
+        importing.stored_names,
         rules.grouped,
         recording.megatron_frequencies,
         recording.published_frequencies,
@@ -197,8 +140,14 @@ _FUNCTIONS: Mapping[str, Any] = {
         sharding.loaded_from,
         sharding.shards_in,
         sharding.sizes_of,
+        state.unlike,
+        quantizers.quantizers,
+        effect.relative_error,
+        routing.counting,
     )
 }
+# All that a program may call, by name.
+FUNCTIONS = (*_TEXTS, *_STANDING_ALONE)
 # What a text may name that a program must import, by the name: the lines, in their order.
 _IMPORTS: Mapping[str, str] = {
     "copy": "import copy",
@@ -238,16 +187,17 @@ def snippets(text: str) -> tuple[str, tuple[str, ...]]:
     left = [text]
     while left:
         looked_at = left.pop()
-        for name in (*_TEXTS, *_FUNCTIONS):
+        for name in FUNCTIONS:
             if name in written or not re.search(rf"\b{name}\(", looked_at):
                 continue
             if name in _TEXTS:
                 written[name] = _TEXTS[name].strip() + "\n"
             else:
-                source, imports = standing_alone(_FUNCTIONS[name])
+                source, imports = standing_alone(_STANDING_ALONE[name])
                 written |= source
                 foreign |= dict.fromkeys(imports)
             left.append(written[name])
     whole = "\n\n".join([text, *written.values()])
     named = [line for name, line in _IMPORTS.items() if re.search(rf"(?<!\.)\b{name}\b", whole)]
-    return "\n\n".join(written.values()), tuple(dict.fromkeys((*named, *foreign)))
+    others = [line for line in foreign if line.split()[-1] not in _IMPORTS]
+    return "\n\n".join(written.values()), tuple(dict.fromkeys((*named, *others)))
