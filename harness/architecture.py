@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from harness.arguments import Arguments
@@ -51,33 +52,33 @@ class Architecture:
         """A hybrid's layers as symbols, its pipeline stages (``|``) left in; empty for the others."""
         return main_pattern(self.arguments.values) if self.hybrid else ""
 
-    @property
+    @cached_property
     def attention(self) -> Attention | None:
         """The first grouped-query attention; others differ from it in window and rope alone."""
         return self._first_mixer(Attention)
 
-    @property
+    @cached_property
     def latent(self) -> LatentAttention | None:
         return self._first_mixer(LatentAttention)
 
-    @property
+    @cached_property
     def mamba(self) -> Mamba | None:
         return self._first_mixer(Mamba)
 
-    @property
+    @cached_property
     def delta(self) -> GatedDeltaNet | None:
         return self._first_mixer(GatedDeltaNet)
 
-    @property
+    @cached_property
     def dense(self) -> Dense | None:
         """The feed-forward kind of the dense layers, None where no layer is dense."""
         return next((layer.mlp for layer in self.layers if isinstance(layer.mlp, Dense)), None)
 
-    @property
+    @cached_property
     def moe(self) -> MoE | None:
         return next((layer.mlp for layer in self.layers if isinstance(layer.mlp, MoE)), None)
 
-    @property
+    @cached_property
     def kind(self) -> str:
         """As ``harness list`` prints it: ``dense``, ``moe``, ``hybrid``, ``hybrid moe``."""
         return " ".join(

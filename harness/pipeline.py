@@ -233,7 +233,8 @@ def _shrink_report(plan: ShrinkPlan | None) -> ShrinkReport | None:
 
     def sizes(side: Architecture) -> dict[str, object]:
         found = {dest: side.arguments[dest] for dest in sorted(SIZE_ARGUMENTS)}
-        return {**found, "parameters": counts(side).total, "active_parameters": counts(side).active}
+        counted = counts(side)
+        return {**found, "parameters": counted.total, "active_parameters": counted.active}
 
     return ShrinkReport(sizes(plan.before), sizes(plan.after), plan.invariants)
 

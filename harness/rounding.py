@@ -175,10 +175,11 @@ def largest_error_when_off(recipe: Recipe, architecture: Architecture) -> float:
     """The same with every quantizer off: 0 unless the recipe leaves more than quantizers in the model."""
     if any(algorithm.method in _REWRITING for algorithm in recipe.algorithms):
         return largest_error(recipe, architecture)
-    errors = product_errors(recipe, architecture)
-    folding = LARGEST_FOLDING_ERROR if recipe.folds_scales else 0.0
-    rotating = LARGEST_ROTATION_ERROR * _rotations(recipe, architecture) ** 0.5
-    return in_squares([folding * math.sqrt(len(errors)), rotating])
+    products = len(product_errors(recipe, architecture)) if recipe.folds_scales else 0
+    rotations = _rotations(recipe, architecture)
+    return in_squares(
+        [LARGEST_FOLDING_ERROR * math.sqrt(products), LARGEST_ROTATION_ERROR * math.sqrt(rotations)]
+    )
 
 
 def _rotations(recipe: Recipe, architecture: Architecture) -> int:

@@ -99,7 +99,9 @@ class Recorder:
         self._finished = False
 
     def add(self, module: str, side: str, *values: Any) -> None:
-        self._events.append(Event(module, side, tuple(_shapes(values))))
+        shapes: list[Shape] = []
+        _add_shapes(values, shapes)
+        self._events.append(Event(module, side, tuple(shapes)))
 
     def begin(self) -> None:
         self._events.clear()
@@ -112,15 +114,15 @@ class Recorder:
         return Trace(tuple(self._events), self._finished)
 
 
-def _shapes(value: Any) -> Iterator[Shape]:
-    """Shapes of every tensor in nested tuples, lists and dicts, in order."""
+def _add_shapes(value: Any, shapes: list[Shape]) -> None:
+    """Add the shape of every tensor in nested tuples, lists and dicts, in order."""
     if isinstance(value, torch.Tensor):
-        yield tuple(value.shape)
-    elif isinstance(value, Mapping):
-        yield from _shapes(tuple(value.values()))
+        shapes.append(tuple(value.shape))
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from _shapes(item)
+            _add_shapes(item, shapes)
+    elif isinstance(value, Mapping):
+        _add_shapes(tuple(value.values()), shapes)
 
 
 @contextmanager

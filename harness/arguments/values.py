@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -99,10 +100,13 @@ def _arguments(values: Mapping[str, Any], origins: Mapping[str, Origin]) -> Argu
 
 def flag_for(dest: str) -> str:
     """The flag that sets ``dest`` (``layernorm_epsilon`` -> ``--norm-epsilon``)."""
-    for spec in flag_table().values():
-        if spec.dest == dest:
-            return spec.name
-    return "--" + dest.replace("_", "-")
+    return _flags().get(dest) or "--" + dest.replace("_", "-")
+
+
+@cache
+def _flags() -> Mapping[str, str]:
+    """By the argument that it sets a flag's name, the table's first where several set it."""
+    return {spec.dest: spec.name for spec in reversed(list(flag_table().values()))}
 
 
 class _Resolution:

@@ -109,8 +109,8 @@ def _proved(
         if limit:
             return Parity((), limit, _detail(imported, small, None))
         return Parity(tuple(import_findings(imported, small, arguments, facts)), "", "")
-    vocabulary = min(plan.after.padded_vocab_size, published.config.get_text_config().vocab_size)
-    tokens = token_ids(vocabulary, BATCH_SIZE, tokens_of_a_sequence(plan.after, small), device)
+    length = tokens_of_a_sequence(plan.after, small)
+    tokens = token_ids(vocabulary_of_both(plan.after, small), BATCH_SIZE, length, device)
     corrections = correct(published, tokens.shape[1])
     excuses: list[str] = []
     with ExitStack() as lifted:
@@ -148,6 +148,12 @@ def tokens_of_a_sequence(small: Architecture, published: Twin) -> int:
     reach = window + _BEYOND if isinstance(window, int) and window <= _LONGEST_WINDOW else 0
     length = max(_SHORTEST, reach, sequence_length(small))
     return min(length, small.max_position_embeddings)
+
+
+def vocabulary_of_both(small: Architecture, published: Twin) -> int:
+    """So many token ids are known to both sides: Megatron's may be padded."""
+    vocabulary: int = published.text_config["vocab_size"]
+    return min(small.padded_vocab_size, vocabulary)
 
 
 def _detail(imported: Imported, small: Twin, comparison: Comparison | None) -> str:

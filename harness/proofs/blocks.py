@@ -19,8 +19,9 @@ from torch import nn
 from harness.blocks import Misfit, misfits
 from harness.build import by
 from harness.finding import Finding, Severity
-from harness.proofs.coverage import Part, parts, placed
+from harness.proofs.coverage import Part, parts
 from harness.proofs.proof import Proof, finding, judged
+from harness.proofs.quantizers import place
 from harness.rank import Rank
 from harness.recipes import Recipe
 from harness.sharding import rank_parameters
@@ -60,8 +61,7 @@ class Observed:
     modules: set[str] = field(default_factory=set)  # with quantizers, and called
 
     def add(self, path: str, use: Use) -> None:
-        place, attribute = placed(path)
-        self.uses.setdefault(f"{place}.{attribute}", set()).add(use)
+        self.uses.setdefault(".".join(place(path)), set()).add(use)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from harness.inventory import Shape, parameters
 from harness.layout_rules import Owner
 from harness.proofs.patterns import idle, kinds, misspelt, strange, unreached, words
 from harness.proofs.proof import Proof, finding, judged, unsupported
+from harness.proofs.quantizers import place
 from harness.rank import Rank
 from harness.recipes import Entry, Recipe
 from harness.roles import Role, role_of
@@ -138,16 +139,9 @@ def enabled(model: nn.Module) -> dict[str, Stages]:
     found: dict[str, list[bool]] = {}
     for path, module in model.named_modules():
         if isinstance(module, TensorQuantizer):
-            place, attribute = placed(path)
-            found.setdefault(f"{place}.{attribute}", []).append(bool(module.is_enabled))
+            owner, attribute = place(path)
+            found.setdefault(f"{owner}.{attribute}", []).append(bool(module.is_enabled))
     return {path: tuple(stages) for path, stages in found.items()}
-
-
-def placed(quantizer: str) -> tuple[str, str]:
-    """Module path and attribute of a quantizer's path; a container's member counts as the container."""
-    names = quantizer.split(".")
-    index = next(index for index, name in enumerate(names) if name.endswith("_quantizer"))
-    return ".".join(names[:index]), names[index]
 
 
 # ---- what is wrong ----
@@ -163,7 +157,7 @@ def _idle(recipe: Recipe, names: Collection[str]) -> tuple[str, list[Finding]]:
         findings.append(_of_entry(recipe, wrong.entry, what, wrong.quantizer, wrong.meant))
         said.add(wrong.entry.pattern)
     for missed in unreached(recipe, names):
-        module, _ = placed(missed.quantizer)
+        module, _ = place(missed.quantizer)
         what = f"matches nothing, though the model has {missed.role}, by Megatron's name {short(module)}"
         if missed.entry.shipped:
             limits.append(f"{_spelt(recipe, missed.entry)} {what}")
@@ -179,7 +173,7 @@ def _idle(recipe: Recipe, names: Collection[str]) -> tuple[str, list[Finding]]:
 
 
 def _of_entry(recipe: Recipe, entry: Entry, what: str, quantizer: str, meant: str | None) -> Finding:
-    return finding(placed(quantizer)[0], f"{_spelt(recipe, entry)} {what}", meant, entry.pattern)
+    return finding(place(quantizer)[0], f"{_spelt(recipe, entry)} {what}", meant, entry.pattern)
 
 
 def _spelt(recipe: Recipe, entry: Entry) -> str:
@@ -196,13 +190,13 @@ def _deviations(recipe: Recipe, own: Sequence[Part], actual: Mapping[str, Stages
             yield from _deviation(recipe, name, part.meant(recipe, side), actual.get(name))
     for name, stages in actual.items():
         if name not in known and any(stages):
-            module, attribute = placed(name)
+            module, attribute = place(name)
             made = recipe.quantizer(module, attribute)
             yield from _deviation(recipe, name, tuple(on for _, on in made.stages), stages)
 
 
 def _deviation(recipe: Recipe, name: str, meant: Stages, actual: Stages | None) -> Iterator[Finding]:
-    module, attribute = placed(name)
+    module, attribute = place(name)
     expected, there = _said(meant), "missing" if actual is None else _said(actual)
     if expected == there or (actual is None and not any(meant)):
         return

@@ -6,6 +6,7 @@ recipe, path by path, as ModelOpt applies its entries; so nothing here believes 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass, replace
@@ -30,6 +31,8 @@ from modelopt.torch.quantization.nn import (  # noqa: E402
 )
 
 WEIGHT, INPUT = "weight_quantizer", "input_quantizer"
+
+_PLACE = re.compile(r"(?:(.*?)\.)??([^.]*_quantizer)(?:\..*)?")
 
 
 def expected_matrices(model: nn.Module, recipe: Recipe) -> tuple[str, ...]:
@@ -72,9 +75,8 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
 
 def place(quantizer: str) -> tuple[str, str]:
     """Module path and attribute of a quantizer path; a container's member counts as the container."""
-    parts = quantizer.split(".")
-    index = next(i for i, part in enumerate(parts) if part.endswith("_quantizer"))
-    return ".".join(parts[:index]), parts[index]
+    module, attribute = _PLACE.fullmatch(quantizer).groups("")  # type: ignore[union-attr]
+    return module, attribute
 
 
 @contextmanager

@@ -99,7 +99,7 @@ def check_sharding(model: nn.Module, entries: Mapping[str, Any]) -> Iterator[Fin
     for path, quantizer in model.named_modules():
         if not isinstance(quantizer, TensorQuantizer):
             continue
-        module, attribute = _matrix_and_quantizer(path)
+        module, attribute = place(path)
         for name in quantizer.state_dict():
             entry = entries.get(f"{path}.{name}")
             what = f"{attribute}.{name}"
@@ -129,9 +129,11 @@ def _stands_in(module: nn.Module) -> bool:
     return any(base.__module__.startswith("harness.standins.") for base in type(module).__mro__)
 
 
-def _matrix_and_quantizer(path: str) -> tuple[str, str]:
-    parts = path.split(".")
-    index = next(index for index, part in enumerate(parts) if part.endswith("_quantizer"))
+def place(name: str) -> tuple[str, str]:
+    """Module path and attribute of a tensor or quantizer path; all of a quantizer counts as attribute."""
+    parts = name.split(".")
+    quantizers = (index for index, part in enumerate(parts) if part.endswith("_quantizer"))
+    index = next(quantizers, len(parts) - 1)
     return ".".join(parts[:index]), ".".join(parts[index:])
 
 

@@ -23,7 +23,7 @@ from harness.build import by
 from harness.finding import Finding, has_errors
 from harness.layout_rules import Owner
 from harness.proofs.proof import Proof, finding, judged, said, unsupported
-from harness.proofs.sharding import Shards, check_sharding, loaded_from, sharded, shards_of, tensors_of
+from harness.proofs.sharding import Shards, check_sharding, loaded_from, place, sharded, shards_of, tensors_of
 from harness.standins.output import import_foreign
 
 import_foreign()
@@ -282,14 +282,6 @@ def check_output(expected: torch.Tensor, actual: torch.Tensor) -> tuple[Finding,
     changed = _changed(expected, actual)
     what = f"{changed} of {expected.numel()} logits of the restored model are not what they were"
     return (finding(None, what, 0, changed),)
-
-
-def place(name: str) -> tuple[str, str]:
-    """Module path and attribute of a tensor or quantizer path; all of a quantizer counts as attribute."""
-    parts = name.split(".")
-    quantizers = (index for index, part in enumerate(parts) if part.endswith("_quantizer"))
-    index = next(quantizers, len(parts) - 1)
-    return ".".join(parts[:index]), ".".join(parts[index:])
 
 
 def _bytes(state: Mapping[str, Any]) -> bytes:

@@ -21,7 +21,7 @@ from harness.parity.checkpoint import IN_MXFP4, LANGUAGE_MODELS, PACKED, RENAMED
 from harness.parity.corrections import corrections
 from harness.parity.rules import FUSED, added
 from harness.parity.settings import completed
-from harness.parity.stage import BATCH_SIZE, tokens_of_a_sequence
+from harness.parity.stage import BATCH_SIZE, tokens_of_a_sequence, vocabulary_of_both
 from harness.parity.twin import NoTwin, Twin, twin
 from harness.reproduction.literals import literal, pretty
 
@@ -50,9 +50,9 @@ def published_of(case: Case, plan: ShrinkPlan, what: str) -> Published:
         small = twin(facts, plan)
     except NoTwin as error:
         raise UsageError(f"{what}: no program shows this: no small Hugging Face model: {error}") from error
-    vocabulary = min(plan.after.padded_vocab_size, small.text_config["vocab_size"])
     lifted = tuple(lifts(plan.after, plan.before.arguments, facts))
-    return Published(small, lifted, tokens_of_a_sequence(plan.after, small), vocabulary)
+    length, vocabulary = tokens_of_a_sequence(plan.after, small), vocabulary_of_both(plan.after, small)
+    return Published(small, lifted, length, vocabulary)
 
 
 def modules_of() -> tuple[ModuleType, ...]:

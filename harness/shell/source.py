@@ -23,7 +23,7 @@ class Source:
 
     def start(self, node: Node) -> int:
         """Where a node begins: the grammar counts the blanks before "  $A" to it."""
-        blanks = re.compile(r"[ \t\n]*").match(self.text, node.start_byte, node.end_byte)
+        blanks = _BLANKS.match(self.text, node.start_byte, node.end_byte)
         return blanks.end() if blanks else node.start_byte
 
     def offset(self, index: int) -> int:
@@ -37,6 +37,7 @@ class Source:
         return line, offset - self.line_starts[line - 1] + 1
 
 
+_BLANKS = re.compile(r"[ \t\n]*")
 _QUOTING = re.compile(
     r"""(?P<joined>\\\n)
     | (?P<escaped>\\.)

@@ -454,7 +454,7 @@ def _word_faults(variable: Variable) -> Iterator[Finding]:
         yield Finding("parse", Severity.WARNING, message, line=variable.line, column=variable.column)
     for word in variable.words:
         for severity, pattern, message in _WORD_FAULTS[:1] if word.quoted else _WORD_FAULTS:
-            if re.search(pattern, word.text):
+            if pattern.search(word.text):
                 message = message.format(word.text[:60])
                 yield Finding("parse", severity, message, line=word.line, column=word.column)
                 if severity is Severity.ERROR:
@@ -462,10 +462,13 @@ def _word_faults(variable: Variable) -> Iterator[Finding]:
 
 
 _STRAY = "a stray backslash: with a blank after it bash does not join the lines, and `{}` reaches Megatron"
-_WORD_FAULTS = (
-    (Severity.ERROR, r"^[ \t\n]+$", _STRAY),
-    (Severity.ERROR, r"\\$", _STRAY),
-    (Severity.ERROR, r"^#", "no comment can stand inside quotes: `{}` and what follows reach Megatron"),
-    (Severity.WARNING, r"['\"]", "bash reads no quotes inside a value: `{}` reaches Megatron with them"),
-    (Severity.WARNING, r"[*?[]", "bash matches `{}` against the files of the working directory"),
+_WORD_FAULTS = tuple(
+    (severity, re.compile(pattern), message)
+    for severity, pattern, message in (
+        (Severity.ERROR, r"^[ \t\n]+$", _STRAY),
+        (Severity.ERROR, r"\\$", _STRAY),
+        (Severity.ERROR, r"^#", "no comment can stand inside quotes: `{}` and what follows reach Megatron"),
+        (Severity.WARNING, r"['\"]", "bash reads no quotes inside a value: `{}` reaches Megatron with them"),
+        (Severity.WARNING, r"[*?[]", "bash matches `{}` against the files of the working directory"),
+    )
 )

@@ -64,6 +64,7 @@ _FACTORIES = """
 """.split()
 
 
+@functools.cache  # a case wraps a score of them
 def cuda_means_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` with ``device="cuda"`` meaning the CPU, for code that names CUDA literally."""
 
