@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -148,21 +149,30 @@ def _namespace(
     arguments: Mapping[str, Any], layout: Layout, device: torch.device, dtype: torch.dtype
 ) -> argparse.Namespace:
     """The arguments as Megatron's own parser would leave them, overrides applied."""
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    values = dict(arguments)
-    for field in dataclasses.fields(TransformerConfig):
-        value = values.get(field.name)
-        if isinstance(field.default, Enum) and isinstance(value, str):
-            values[field.name] = type(field.default)[value]
-        elif isinstance(value, tuple) and field.name != "window_size":
-            values[field.name] = list(value)  # Megatron tests for list; the window alone is a pair
+    values, enums = dict(arguments), _enums_of_config()
+    for name, value in arguments.items():
+        kind = enums.get(name)
+        if kind is not None and isinstance(value, str):
+            values[name] = kind[value]
+        elif isinstance(value, tuple) and name in enums and name != "window_size":
+            values[name] = list(value)  # Megatron tests for list; the window alone is a pair
     for override in OVERRIDES:
         if override.applies(device):
             values[override.dest] = override.value(layout, dtype)
     for dest, derive in _VALIDATED.items():
         values[dest] = derive(values)
-    return argparse.Namespace(**values)
+    namespace = argparse.Namespace()
+    vars(namespace).update(values)
+    return namespace
+
+
+@cache
+def _enums_of_config() -> Mapping[str, type[Enum] | None]:
+    """The fields of Megatron's config, and the enumeration of those that have one."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    fields = dataclasses.fields(TransformerConfig)
+    return {each.name: type(each.default) if isinstance(each.default, Enum) else None for each in fields}
 
 
 def _unlisted(value: Any) -> Any:

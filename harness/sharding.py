@@ -74,6 +74,8 @@ class UnevenSplit(ValueError):
 
 def rank_parameters(architecture: Architecture, layout: Layout, rank: Rank) -> dict[str, Shape]:
     """Every parameter's name and shape on ``rank``. Raises UnevenSplit, or UnevenStages of ``rank.py``."""
+    if layout.world_size == 1:
+        return parameters(architecture)
     return {name: share.shape for name, share in shares(architecture, layout, rank).items()}
 
 

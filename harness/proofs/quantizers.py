@@ -168,6 +168,8 @@ def _compared(form: Format) -> Format:
     ModelOpt has an axis beside blocks too, for its own reshaping, and fills in how a bias is found and how
     numbers are rotated.
     """
+    if not (form.other or form.bias or form.rotate or (form.blocks and form.axis is not None)):
+        return form
     given = (("is", True),)
     return replace(
         form,
