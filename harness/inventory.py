@@ -6,6 +6,7 @@ comparison with the built one. Names are those of megatron-core's ModelOpt layer
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -71,10 +72,10 @@ def counts(architecture: Architecture) -> Counts:
     ``moe_router_topk`` experts in each MoE layer.
     """
     total = active = _numbers(_outside_layers(architecture))
-    per_kind = {layer: _layer_counts(architecture, layer) for layer in set(architecture.layers)}
-    for layer in architecture.layers:
-        total += per_kind[layer].total
-        active += per_kind[layer].active
+    for layer, times in Counter(architecture.layers).items():
+        counted = _layer_counts(architecture, layer)
+        total += times * counted.total
+        active += times * counted.active
     return Counts(total, active, sum(map(prod, buffers(architecture).values())))
 
 

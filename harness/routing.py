@@ -33,7 +33,7 @@ def counting(model: nn.Module) -> Iterator[dict[str, int]]:
 
     ModelOpt's amax does not show it: an expert without tokens gets the amax of its neighbours.
     """
-    counts = {name: 0 for name, _ in experts(model)}
+    counts: dict[str, int] = {}
     handles = [expert.register_forward_pre_hook(_counting(counts, name)) for name, expert in experts(model)]
     try:
         yield counts
@@ -51,6 +51,8 @@ def experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _counting(counts: dict[str, int], name: str) -> Callable[[nn.Module, Any], None]:
+    counts[name] = 0
+
     def hook(module: nn.Module, args: Any) -> None:
         counts[name] += args[0].shape[0]
 

@@ -128,18 +128,18 @@ def _static(quantizer: TensorQuantizer) -> Iterator[Use]:
     if reshaped[0] == -1:
         yield Use(-1, reshaped[1], zeros[0])
         return
-    place = 0
+    position = 0
     for index, size in enumerate(padded):
         axis = index - len(padded)
         if (
-            place + 1 < len(reshaped)
-            and reshaped[place] * reshaped[place + 1] == size
+            position + 1 < len(reshaped)
+            and reshaped[position] * reshaped[position + 1] == size
             and _has(quantizer, index)
         ):
-            yield Use(axis, reshaped[place + 1], zeros[-1 - axis])
-            place += 2
+            yield Use(axis, reshaped[position + 1], zeros[-1 - axis])
+            position += 2
         else:
-            place += 1
+            position += 1
 
 
 def _has(quantizer: TensorQuantizer, index: int) -> bool:

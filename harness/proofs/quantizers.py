@@ -63,7 +63,7 @@ def _has_form(module: nn.Module) -> bool:
     # Of Megatron's linears ModelOpt must know all; of anything else with weights it knows what it registers.
     if isinstance(module, _megatrons()):
         return True
-    return type(module) in QuantModuleRegistry and getattr(module, "weight", None) is not None
+    return getattr(module, "weight", None) is not None and type(module) in QuantModuleRegistry
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
