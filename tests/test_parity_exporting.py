@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from asserted import asserted_of_export
 from published import TREE, changed, named
 from safetensors.torch import load_file, save_file
 
 from harness.architecture import Architecture
 from harness.build import build_model
 from harness.facts import facts_beside
+from harness.inventory import parameters
 from harness.layout import Layout
 from harness.parity import checkpoint, exporting, stored
 from harness.parity.counterparts import counterpart, held
@@ -174,6 +176,7 @@ def test_a_part_that_one_side_lacks(
     made = exported(folders(name), name, "fp8", planned(name, **changes))
     assert made.limit == ""
     assert words in [finding.message for finding in made.findings]
+    assert "in names" in (program := asserted_of_export(made.findings, "fp8", {})) or "not in dict" in program
     assert all(finding.is_error and finding.stage == "parity" for finding in made.findings)
 
 
@@ -367,6 +370,10 @@ BREAKS: dict[str, tuple[str, Edit, str]] = {
 }
 
 
+# What packed numbers and their scales stand for no program shows.
+NO_PROGRAM = ("decodes to other numbers", "is not what calibration comes to")
+
+
 @pytest.mark.parametrize("what", BREAKS)
 def test_a_broken_export_is_found(
     folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, what: str
@@ -380,8 +387,11 @@ def test_a_broken_export_is_found(
 
     monkeypatch.setattr(exporting, "judged", broken)
     made = exported(folders("Qwen3-8B"), "Qwen3-8B", recipe)
-    assert any(finding.message.startswith(words) for finding in made.findings), made.findings
+    found = [finding for finding in made.findings if finding.message.startswith(words)]
+    assert found, made.findings
     assert len(made.findings) <= 4, made.findings
+    shown = asserted_of_export(found, recipe, dict(parameters(planned("Qwen3-8B").after)))
+    assert bool(shown) is not any(each in words for each in NO_PROGRAM), shown
 
 
 def test_what_the_harness_raises_is_no_limit(

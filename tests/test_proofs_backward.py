@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from asserted import asserted
 from test_proofs_state import CPU, KINDS, quantized
 
 from harness.layout import Layout
@@ -104,6 +105,7 @@ def test_all_frozen_is_a_finding(model: Any) -> None:
         parameter.requires_grad_(False)
     (finding,) = prove(model).findings
     assert finding.message == "every weight is frozen: there is nothing to train"
+    assert "requires_grad" in asserted([finding], "backward")
 
 
 # Broken on purpose
@@ -116,6 +118,7 @@ def test_a_detached_weight_is_found(model: Any) -> None:
     (finding,) = proof.findings
     assert (proof.outcome, finding.module) == (Outcome.FAILED, FC1)
     assert finding.message == "layers.1.mlp.linear_fc1  weight gets no gradient"
+    assert "assert gradient is not None" in asserted(proof.findings, "backward")
 
 
 def test_an_expert_with_tokens_and_no_gradient_is_found() -> None:
@@ -138,6 +141,7 @@ def test_a_gradient_of_no_use_is_found(model: Any, factor: float, words: str) ->
     model.get_parameter(f"{FC1}.weight").register_hook(lambda gradient: gradient * factor)
     (finding,) = prove(model).findings
     assert (finding.module, finding.message) == (FC1, f"layers.1.mlp.linear_fc1  {words}")
+    assert f"get_parameter('{FC1}.weight').grad" in asserted([finding], "backward")
 
 
 def test_everything_clipped_is_found(model: Any) -> None:

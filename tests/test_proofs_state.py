@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import small_models
 import torch
+from asserted import asserted
 
 from harness.build import build_model
 from harness.finding import Finding, Severity
@@ -186,6 +187,7 @@ def test_a_lost_key_is_found(fp8: Quantized, name: str) -> None:
     what = name.removeprefix(f"{module}.")
     short = module.removeprefix("decoder.")
     assert finding.message == f"{short}  {what} is not in what was saved"
+    assert repr(module) in asserted([finding], "state")
 
 
 def test_an_amax_dropped_before_saving_is_found(fp8: Quantized) -> None:
@@ -210,6 +212,7 @@ def test_a_scale_zeroed_after_saving_is_found(awq: Quantized) -> None:
         "layers.1.mlp.linear_fc1  input_quantizer._pre_quant_scale is restored to another value in "
         "128 of 128 places"
     )
+    assert repr(FC1) in asserted([finding], "state", "int4_awq")
 
 
 def test_an_amax_of_another_size_is_found(awq: Quantized) -> None:
@@ -252,6 +255,7 @@ def test_a_number_outside_of_every_state_is_found(fp8: Quantized) -> None:
     assert finding.message == (
         f"{fp8.after.numel()} of {fp8.after.numel()} logits of the restored model are not what they were"
     )
+    assert "routed(restored, tokens, routes)[0] != after" in asserted([finding], "state")
 
 
 # The sharded way, broken
@@ -297,6 +301,8 @@ def test_a_scale_that_is_not_sharded_is_found(awq: Quantized, monkeypatch: pytes
     (finding,) = errors(proof)
     assert (proof.outcome, finding.module) == (Outcome.FAILED, FC1)
     assert finding.message.endswith("input_quantizer._pre_quant_scale is not in the sharded state dict")
+    program = asserted([finding], "sharded state", "int4_awq")
+    assert f"assert '{FC1}.input_quantizer._pre_quant_scale' in entries" in program
 
 
 def test_other_numbers_in_the_sharded_state_dict_are_found(awq: Quantized) -> None:
@@ -305,6 +311,7 @@ def test_other_numbers_in_the_sharded_state_dict_are_found(awq: Quantized) -> No
     entries[name] = dataclasses.replace(entries[name], data=entries[name].data + 1)
     found = [finding for finding in check_sharding(awq.model, entries) if finding.is_error]
     assert [finding.module for finding in found] == [QKV]
+    assert "torch.equal(stored, own)" in asserted(found, "sharded state", "int4_awq")
 
 
 def test_gate_and_rest_stored_unlike_their_scales_is_a_warning(awq: Quantized, fp8: Quantized) -> None:
@@ -380,3 +387,4 @@ def test_a_scale_split_otherwise_is_found(halves: Any, attribute: str) -> None:
     assert finding.module == FC2
     assert attribute in finding.message and "in the sharded state dict, expected of" in finding.message
     assert finding.message.endswith("the weight is 128 x 192 of 128 x 384")
+    assert f"assert whole == {finding.expected}" in asserted([finding], "sharding", "int4_awq")

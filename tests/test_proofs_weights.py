@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from asserted import asserted
 from test_proofs_state import CPU, KINDS, Quantized, quantized
 
 from harness.layout import Layout
@@ -200,6 +201,10 @@ def test_a_weight_packed_otherwise_is_found(
     (finding,) = proof.findings
     assert (proof.outcome, finding.module) == (Outcome.FAILED, FC1)
     assert finding.message.startswith(f"layers.1.mlp.linear_fc1  {words}")
+    told = {"unpacks to": "beyond.any()", "is not packed": "isinstance(module.weight, QTensorWrapper)"}
+    wanted = next((told[part] for part in told if part in words), "wanted.items()")
+    program = asserted([finding], "weights", config.removesuffix("_CFG").removesuffix("_DEFAULT").lower())
+    assert repr(FC1) in program and wanted in program
 
 
 def test_blocks_that_run_across_rows_are_modelopts_limit() -> None:
@@ -223,6 +228,7 @@ def test_weights_that_the_config_does_not_mean_are_found() -> None:
         f"decoder.layers.{layer}.self_attention.linear_{name}" for layer in (0, 1) for name in ("proj", "qkv")
     ]
     assert proof.findings[0].message.endswith("weight is packed, though the config means no weight of it")
+    assert "assert not isinstance(module.weight" in asserted(proof.findings[:1], "weights")
 
 
 def test_a_config_for_the_cache_alone_packs_int8() -> None:
@@ -238,6 +244,7 @@ def test_an_output_beyond_its_bound_is_found() -> None:
     assert finding.message.startswith(
         "packed weights move the logits by 0.5 of their size, expected at most 0.2"
     )
+    assert "assert error <= 0.2" in asserted([finding], "weights")
 
 
 def test_a_weight_that_was_not_to_be_packed_is_found() -> None:
@@ -248,6 +255,7 @@ def test_a_weight_that_was_not_to_be_packed_is_found() -> None:
         before.pop(QKV)
         (finding,) = check_packed(case.model, before)
     assert finding.module == QKV
+    assert "assert not isinstance(module.weight" in asserted([finding], "weights")
 
 
 # Arithmetic

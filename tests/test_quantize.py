@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import small_models
 import torch
+from asserted import asserted
 
 from harness.architecture import Architecture
 from harness.build import build_model
@@ -352,6 +353,7 @@ def test_fake_quantization_that_is_off_is_found(model: Any) -> None:
     assert finding.message.startswith(
         "layers.0.mlp.linear_fc2  input_quantizer does not round, fp8 makes it e4m3"
     )
+    assert f"{FC2}.input_quantizer" in asserted([finding], "coverage")
 
 
 @pytest.mark.parametrize("recipe", [NVFP4], ids=["nvfp4"])
@@ -363,6 +365,8 @@ def test_another_block_size_is_found(model: Any, recipe: Recipe) -> None:
         "nvfp4 makes it e2m1, dynamic blocks of 16 under e4m3"
     )
     assert (finding.stage, finding.severity, finding.module) == ("quantize", Severity.ERROR, PROJ)
+    program = asserted([finding], "coverage", "nvfp4")
+    assert f"{PROJ}.weight_quantizer" in program and "assert found == [((2, 1), {-1: 16}, (4, 3), " in program
 
 
 @pytest.mark.parametrize("recipe", [NVFP4], ids=["nvfp4"])
@@ -370,6 +374,7 @@ def test_another_format_of_the_scales_is_found(model: Any, recipe: Recipe) -> No
     model.get_submodule(PROJ).weight_quantizer.block_sizes = {-1: 16, "type": "dynamic", "scale_bits": (8, 0)}
     (finding,) = check_formats(model, NVFP4)
     assert finding.module == PROJ and "under e8m0" in finding.message
+    assert "{-1: 16}, (4, 3), True, None, " in asserted([finding], "coverage", "nvfp4")
 
 
 def test_another_axis_is_found() -> None:
@@ -381,6 +386,7 @@ def test_another_axis_is_found() -> None:
     assert finding.message.endswith(
         "is int8, a scale per index of dimension 1, int8 makes it int8, a scale per index of dimension 0"
     )
+    assert "(8, {}, None, False, 0, " in asserted([finding], "coverage", "int8")
 
 
 def test_a_format_of_the_cache_is_found() -> None:
@@ -390,6 +396,7 @@ def test_a_format_of_the_cache_is_found() -> None:
     model.get_submodule(core).k_bmm_quantizer.num_bits = 8
     (finding,) = check_formats(model, recipe)
     assert finding.module == core and "k_bmm_quantizer is int8" in finding.message
+    assert f"{core}.k_bmm_quantizer" in asserted([finding], "coverage", "fp8+fp8_kv")
 
 
 def failed(result: Quantization) -> list[str]:
@@ -439,6 +446,8 @@ def test_amax_that_is_no_amax(model: Any, attribute: str, value: float, words: s
         f"layers.0.mlp.linear_fc1  {attribute} amax is {words}, expected a finite positive number"
     )
     assert finding.module == FC1
+    program = asserted([finding], "calibration")
+    assert f"{FC1}.{attribute}" in program and "(one.amax > 0)" in program
 
 
 @pytest.mark.parametrize("recipe", [FP8, NVFP4, AWQ], ids=["fp8", "nvfp4", "int4_awq"])
@@ -448,6 +457,7 @@ def test_no_amax_at_all(model: Any, recipe: Recipe) -> None:
     (finding,) = check_amax(model, FP8)
     assert finding.message == "layers.0.mlp.linear_fc1  weight_quantizer has no amax: it never saw data"
     assert finding.actual is None
+    assert "one.amax is not None" in asserted([finding], "calibration")
 
 
 @pytest.mark.parametrize("recipe", [AWQ], ids=["int4_awq"])
@@ -468,6 +478,7 @@ def test_scale_that_is_no_scale(model: Any, recipe: Recipe) -> None:
         "layers.0.mlp.linear_fc2  pre_quant_scale is inf in 1 of 384 places, "
         "expected a finite positive number"
     )
+    assert "(scale > 0)" in asserted([finding], "calibration", recipe.name)
 
 
 @pytest.mark.parametrize("recipe", [AWQ], ids=["int4_awq"])
@@ -475,6 +486,7 @@ def test_no_scale_at_all(model: Any, recipe: Recipe) -> None:
     del model.get_submodule(FC2).input_quantizer._pre_quant_scale
     (finding,) = check_scales(model, recipe, matrices_of(model, recipe))
     assert finding.message == "layers.0.mlp.linear_fc2  has no pre_quant_scale, expected 384"
+    assert "scale is not None" in asserted([finding], "calibration", recipe.name)
 
 
 @chosen_recipe
@@ -497,6 +509,7 @@ def test_starved_experts_are_found(recipe: Recipe) -> None:
         for index in (4, 5, 6, 7)
     ]
     assert starved[0].module == "decoder.layers.1.mlp.experts.local_experts.4"
+    assert f"assert counts[{starved[0].module!r}]" in asserted(starved[:1], "calibration", recipe.name)
     assert check_amax(model, FP8) == ()
 
 
@@ -512,14 +525,17 @@ def test_output_that_did_not_change(recipe: Recipe) -> None:
     before = logits(build("Qwen3"))
     (finding,) = check_output(recipe, 0.1, before, before.clone())
     assert finding.message == f"{recipe.name} changed no logit at all"
+    assert "not torch.equal(before, after)" in asserted([finding], "effect", recipe.name)
 
 
 def test_output_of_another_shape_or_not_finite() -> None:
     before = torch.ones(2, 3, 5)
     (finding,) = check_output(FP8, 0.1, before, torch.ones(2, 3, 4))
     assert finding.message == "quantized logits are 2 x 3 x 4, expected 2 x 3 x 5"
+    assert "after.shape == before.shape" in asserted([finding], "effect")
     (finding,) = check_output(FP8, 0.1, before, torch.full((2, 3, 5), NAN))
     assert finding.message == "30 of 30 quantized logits are not finite"
+    assert "isfinite(after)" in asserted([finding], "effect")
 
 
 @chosen_recipe
@@ -530,6 +546,7 @@ def test_output_beyond_its_bound(recipe: Recipe) -> None:
     (finding,) = check_output(recipe, bound, before, other)
     assert finding.message.startswith(f"{recipe.name} moves the logits by 1.4 of their size")
     assert finding.message.endswith(f"expected at most {bound:.2g}")
+    assert f"assert error <= {bound:.2g}" in asserted([finding], "effect", recipe.name)
     assert check_output(recipe, bound, before, before * (1 + 0.9 * bound)) == ()
 
 
@@ -587,6 +604,7 @@ def test_a_weight_that_calibration_changed_is_found(model: Any) -> None:
         (finding,) = check_off(0.0, before, logits(model))
     assert finding.message.startswith("with every quantizer off ")
     assert finding.message.endswith(f" of {before.numel()} logits are not what they were")
+    assert "(before != off)" in asserted([finding], "effect")
 
 
 @pytest.mark.parametrize("recipe", [AWQ], ids=["int4_awq"])
@@ -596,6 +614,7 @@ def test_a_scale_that_was_not_folded_is_found(model: Any, recipe: Recipe) -> Non
     with quantizers_off(model):
         (finding,) = check_off(largest_error_when_off(AWQ, SMALL), before, logits(model))
     assert finding.message.startswith("with every quantizer off the logits differ by")
+    assert "relative_error(before, off)" in asserted([finding], "effect", "int4_awq")
 
 
 def test_every_quantizer_is_counted(model: Any) -> None:

@@ -181,7 +181,7 @@ def test_a_program_shows_another_format(tmp_path: Path, monkeypatch: pytest.Monk
     write_script(report_with(tmp_path, DENSE, "fp8", finding), tmp_path / "show.py")
     done = alone(tmp_path / "show.py")
     assert done.returncode == 1
-    assert f"{QKV}.weight_quantizer has bits and blocks [((4, 3), {{}})]" in done.stderr
+    assert f"{QKV}.weight_quantizer has bits and blocks [((4, 3), {{}}, None, False, None, " in done.stderr
 
 
 # ---- what is right ----
@@ -201,10 +201,40 @@ RIGHT = {
             found("x  pre_quant_scale is 1, expected 2", "calibration", module=QKV),
         ),
     ),
-    "a format": (
+    **{
+        f"a format of {recipe}": (
+            DENSE,
+            recipe,
+            (
+                found(f"x  weight_quantizer is int2, {recipe} makes it other", "coverage", module=QKV),
+                found(f"x  input_quantizer is int2, {recipe} makes it other", "coverage", module=QKV),
+            ),
+        )
+        for recipe in (
+            "fp8",
+            "nvfp4",
+            "int8_smoothquant",
+            "mxfp8",
+            "w4a8_awq_beta",
+            "fp8_2d_blockwise_weight_only",
+            "fp8_per_channel_per_token",
+        )
+    },
+    "stages of a quantizer": (
         DENSE,
-        "nvfp4",
-        (found("x  weight_quantizer is e4m3, nvfp4 makes it e2m1", "coverage", module=QKV),),
+        "w4a8_awq_beta",
+        (
+            found(
+                "x  weight_quantizer is on, then off, w4a8_awq_beta means it on, then on",
+                "coverage",
+                module=QKV,
+            ),
+            found(
+                "x  output_quantizer is on, w4a8_awq_beta means it off",
+                "coverage",
+                module=QKV,
+            ),
+        ),
     ),
     "state": (
         DENSE,

@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.errors import UsageError
 from harness.finding import Finding
-from harness.recipes import Recipe, find_recipe
+from harness.recipes import Format, Recipe, find_recipe
 from harness.roles import role_of
 
 # Findings that a program asserts: the first of them say what is wrong.
@@ -76,7 +76,7 @@ _NOT_SHOWN: Mapping[str, str] = {
 
 # ---- coverage and calibration ----
 
-_QUANTIZER = re.compile(r"  (\w+_quantizer) is (.+), \S+ means it (.+)$")
+_QUANTIZER = re.compile(r"  (\w+_quantizer) is .+, .+ means it (.+)$")
 _FORMAT = re.compile(r"  (\w+_quantizer) (?:is .+|does not round), .+ makes it .+$")
 _AMAX = re.compile(r"  (\w+_quantizer)(?: has no amax| has \d+ amax| amax is )")
 
@@ -86,7 +86,10 @@ def _coverage(finding: Finding, recipe: Recipe) -> Iterator[str]:
     if meant:
         name = f"{finding.module}.{meant[1]}"
         yield f"on = [one.is_enabled for path, one in quantizers(model) if path.startswith({name!r})]"
-        yield f'assert any(on) is {meant[3] != "off"}, f"{name} is enabled: {{on}}"'
+        # Of several stages, one after the other, each is on or off.
+        stages = [stage == "on" for stage in meant[2].split(", then ")]
+        wrong = "any(on)" if stages == [False] else f"on != {stages}"
+        yield f'assert not ({wrong}), f"{name} is enabled: {{on}}"'
     elif form and finding.module:
         yield from _format(finding.module, form[1], recipe)
     elif isinstance(finding.actual, str):
@@ -98,13 +101,24 @@ def _coverage(finding: Finding, recipe: Recipe) -> Iterator[str]:
 def _format(module: str, attribute: str, recipe: Recipe) -> Iterator[str]:
     name, role = f"{module}.{attribute}", role_of(module)
     forms = recipe.formats(module, attribute, role.parent_class if role else None)
-    wanted = [(form.num_bits, dict(form.partial_blocks)) for form in forms]
+    wanted = [_told(form) for form in forms]
+    part = ""
+    if any(form.blocks and not form.partial_blocks for form in forms):
+        # Blocks as long as a dimension ModelOpt turns into an axis.
+        wanted, part = [each[:2] for each in wanted], "[:2]"
     yield "found = ["
-    yield "    (one.num_bits, blocks_of(one))"
+    yield f"    format_of(one){part}"
     yield "    for path, one in quantizers(model)"
     yield f"    if path.startswith({name!r}) and one.is_enabled and one._if_quant"
     yield "]"
     yield f'assert found == {wanted!r}, f"{name} has bits and blocks {{found}}"'
+
+
+def _told(form: Format) -> tuple[Any, ...]:
+    """A format as ``format_of`` in a program gives that of a quantizer."""
+    blocks = dict(form.partial_blocks)
+    axis = None if form.blocks else form.axis
+    return form.num_bits, blocks, form.scale_bits, form.dynamic, axis, form.unsigned, form.narrow_range
 
 
 def _calibration(finding: Finding, recipe: Recipe) -> Iterator[str]:
@@ -174,7 +188,7 @@ def _state(finding: Finding, recipe: Recipe) -> Iterator[str]:
     if "logits of the restored model" in finding.message:
         yield "changed = int((routed(restored, tokens, routes)[0] != after).sum())"
         yield 'assert not changed, f"{changed} logits of the restored model are not what they were"'
-    elif finding.module and "in the sharded state dict" in finding.message:
+    elif finding.module and "the sharded state dict" in finding.message:
         yield from _sharding(finding, recipe)
     else:
         yield 'wrong = [f"{path}  {what}" for path, what, *_ in unlike(model, restored)]'

@@ -98,11 +98,14 @@ def described(tensor: Any) -> str:
     return f"{shape} of {str(tensor.dtype).removeprefix('torch.')}"
 '''
 
-_BLOCKS_OF = '''
-def blocks_of(quantizer: Any) -> dict[int, int]:
-    """Sizes of blocks by dimension, those of a fixed size."""
+_FORMAT_OF = '''
+def format_of(quantizer: Any) -> tuple[Any, ...]:
+    """Bits; blocks of a fixed size by dimension, the bits of their scales, and whether those come from the
+    data; the dimension that has a scale per index, where there are no blocks; signs and range."""
     sizes = quantizer.block_sizes or {}
-    return {axis: size for axis, size in sizes.items() if isinstance(axis, int) and size}
+    blocks = {axis: size for axis, size in sizes.items() if isinstance(axis, int) and size}
+    scales = (sizes.get("scale_bits"), sizes.get("type") == "dynamic", None if sizes else quantizer.axis)
+    return quantizer.num_bits, blocks, *scales, quantizer.unsigned, quantizer.narrow_range
 '''
 _FIRST_OF = '''
 def first_of(quantizer: Any) -> Any:
@@ -118,7 +121,7 @@ _TEXTS: Mapping[str, str] = {
     "routed": _ROUTED,
     "watched": _WATCHED,
     "described": _DESCRIBED,
-    "blocks_of": _BLOCKS_OF,
+    "format_of": _FORMAT_OF,
     "first_of": _FIRST_OF,
 }
 _STANDING_ALONE: Mapping[str, Any] = {
