@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from asserted import asserted
 from programs import alone
 from test_reproduction import Broken, case_of, report_of
 
@@ -78,6 +79,11 @@ def _undefined(program: str) -> list[str]:
     )
     assert done.returncode in (0, 1), done.stderr
     return [line for line in done.stdout.splitlines() if line.startswith("-:")]
+
+
+@pytest.mark.parametrize("check", ["coverage", "calibration", "effect", "blocks"])
+def test_words_that_are_not_known_assert_nothing(check: str) -> None:
+    assert asserted([found("x  weight_quantizer is in other words", check, module=QKV)], check) == ""
 
 
 # ---- what is wrong ----

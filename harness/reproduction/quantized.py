@@ -152,14 +152,22 @@ def _calibration(finding: Finding, recipe: Recipe) -> Iterator[str]:
 
 
 def _effect(finding: Finding, recipe: Recipe) -> Iterator[str]:
-    message, off = finding.message, finding.message.startswith("with every quantizer off")
+    off = finding.message.startswith("with every quantizer off")
     logits = "off" if off else "after"
     what = "with every quantizer off the logits" if off else f"{recipe.name}: the quantized logits"
+    lines = [*_of_numbers(finding, recipe, logits, what)]
+    if not lines and not _SHAPE.search(finding.message):
+        return
     if off:
         yield "for path, one in quantizers(model):"
         yield "    one.disable()"
         yield "off, _ = routed(model, tokens, routes)"
     yield f'assert {logits}.shape == before.shape, f"{what} are {{tuple({logits}.shape)}}"'
+    yield from lines
+
+
+def _of_numbers(finding: Finding, recipe: Recipe, logits: str, what: str) -> Iterator[str]:
+    message, bound = finding.message, _bound(finding)
     if message.endswith("are not finite"):
         yield f"wrong = int((~torch.isfinite({logits})).sum())"
         yield f'assert not wrong, f"{{wrong}} of {{{logits}.numel()}} quantized logits are not finite"'
@@ -168,7 +176,7 @@ def _effect(finding: Finding, recipe: Recipe) -> Iterator[str]:
     elif message.endswith("logits are not what they were"):
         yield "changed = int((before != off).sum())"
         yield f'assert not changed, f"{what} differ in {{changed}} places"'
-    elif (bound := _bound(finding)) is not None:
+    elif bound is not None:
         yield f"error = relative_error(before, {logits})"
         words = f"{what} move by {{error:.2g}} of their size, expected at most {bound}"
         yield f'assert error <= {bound}, f"{words}"'
