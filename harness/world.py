@@ -119,16 +119,30 @@ def simulated() -> bool:
 def receiving() -> Iterator[None]:
     """While a model of a simulated rank runs: what other ranks would send is zeros where nothing comes.
 
-    Megatron gathers into tensors made by ``torch.empty``, and the fake group of some versions of torch
-    leaves them as they were allocated: numbers of chance, which may be no numbers, and ModelOpt stops at
-    those. Not while a model is built: zeros take memory that a full-size model's empty tensors do not.
+    Megatron receives into empty tensors, and the fake group of some versions of torch leaves them as they
+    were allocated: numbers of chance, which may be no numbers, and ModelOpt stops at those. Not while a model
+    is built: zeros take memory that a full-size model's empty tensors do not.
     """
-    empty = torch.empty
+    with zeros_for_empty() if simulated() else nullcontext():
+        yield
 
-    def zeros(*size: Any, **more: Any) -> torch.Tensor:
-        return empty(*size, **more).zero_()
 
-    with patched(torch, "empty", zeros) if simulated() else nullcontext():
+@contextmanager
+def zeros_for_empty() -> Iterator[None]:
+    """While it is open, what torch allocates for others to write to is zeros."""
+
+    def zeroed(allocate: Any) -> Any:
+        def zeros(*given: Any, **more: Any) -> torch.Tensor:
+            made: torch.Tensor = allocate(*given, **more)
+            return made.zero_()
+
+        return zeros
+
+    with (
+        patched(torch, "empty", zeroed(torch.empty)),
+        patched(torch, "empty_like", zeroed(torch.empty_like)),
+        patched(torch.Tensor, "new_empty", zeroed(torch.Tensor.new_empty)),
+    ):
         yield
 
 

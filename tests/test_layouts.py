@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,16 @@ def errors(report: CaseReport) -> list[str]:
     return [finding.message for finding in report.findings if finding.is_error]
 
 
+@pytest.fixture
+def nan_in_new_memory() -> Iterator[None]:
+    """What torch allocates and nothing fills is no number: in memory of chance it may be one, or not."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("nan_in_new_memory")
 @pytest.mark.parametrize(
     ("name", "layout", "numbers"),
     [

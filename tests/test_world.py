@@ -175,12 +175,14 @@ def test_other_ranks_send_what_this_one_has() -> None:
 
 
 def test_nothing_of_chance_is_received() -> None:
-    empty = torch.empty
+    empty, like, new = torch.empty, torch.empty_like, torch.Tensor.new_empty
     with open_world(Layout(), CPU), receiving():
         assert torch.empty is empty
     with pytest.raises(ZeroDivisionError), open_world(Layout(tp=2, etp=2), CPU), receiving():
         torch.full((4096,), torch.nan)  # what an allocation of that size would find
         assert not torch.empty(4096).any()
         assert torch.empty(2, 3, dtype=torch.int64).tolist() == [[0] * 3] * 2
+        assert not torch.empty_like(torch.full((4096,), torch.nan)).any()
+        assert torch.ones(5).new_empty(size=[2]).tolist() == [0, 0]
         1 / 0  # noqa: B018
-    assert torch.empty is empty
+    assert (torch.empty, torch.empty_like, torch.Tensor.new_empty) == (empty, like, new)

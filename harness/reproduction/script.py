@@ -165,6 +165,8 @@ def _main(subject: Subject, text: ConfigText) -> Iterator[str]:
     if subject.published is not None:
         lines += made(subject.published)
     if "forward" in subject.steps:
+        if subject.layout.world_size > 1:
+            lines.append("stack.enter_context(zeros_for_empty())")
         lines += _forward(subject, device)
     if "quantize" in subject.steps:
         lines += [*quantizing(subject, device), *proofs(subject)]

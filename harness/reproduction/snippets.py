@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from harness import routing
+from harness import routing, world
 from harness.filling import KNOWN
 from harness.parity import corrections, importing, lifting, recording, rules
 from harness.proofs import effect, quantizers, sharding, state
@@ -147,6 +147,7 @@ _STANDING_ALONE: Mapping[str, Any] = {
         quantizers.quantizers,
         effect.relative_error,
         routing.counting,
+        world.zeros_for_empty,
     )
 }
 # All that a program may call, by name.
