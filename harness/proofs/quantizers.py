@@ -32,7 +32,7 @@ from modelopt.torch.quantization.nn import (  # noqa: E402
 
 WEIGHT, INPUT = "weight_quantizer", "input_quantizer"
 
-_PLACE = re.compile(r"(?:(.*?)\.)??([^.]*_quantizer)(?:\..*)?")
+_PLACE = re.compile(r"(.*?)\.?([^.]*_quantizer)(?:\..*)?")
 
 
 def expected_matrices(model: nn.Module, recipe: Recipe) -> tuple[str, ...]:
@@ -75,8 +75,9 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
 
 def place(quantizer: str) -> tuple[str, str]:
     """Module path and attribute of a quantizer path; a container's member counts as the container."""
-    module, attribute = _PLACE.fullmatch(quantizer).groups("")  # type: ignore[union-attr]
-    return module, attribute
+    found = _PLACE.fullmatch(quantizer)
+    assert found is not None, quantizer
+    return found[1], found[2]
 
 
 @contextmanager
