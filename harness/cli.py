@@ -228,7 +228,7 @@ def check(
         _finish(text, reports, json_, found)
     document = report.to_json(reports) | {"not_checked": not_checked_json(found.not_checked)}
     _deliver(_with_others(text, found), document, json_)
-    print(f"harness: interrupted by {interrupted}; {_so_far(reports, json_)}", file=sys.stderr)
+    _write(f"harness: interrupted by {interrupted}; {_so_far(reports, json_)}", sys.stderr)
     raise typer.Exit(interrupted.exit_code)
 
 
@@ -308,16 +308,19 @@ def _with_others(text: str, found: Found | None) -> str:
 
 
 def _deliver(text: str, document: Any, json_: str | None) -> None:
-    _print(text, sys.stderr if json_ == "-" else sys.stdout)
+    """Both, also where one of them cannot be written."""
+    try:
+        if json_ not in (None, "-"):
+            report.write_report(Path(json_ or ""), document)
+    finally:
+        _print(text, sys.stderr if json_ == "-" else sys.stdout)
     if json_ == "-":
-        print(json.dumps(document, indent=2, allow_nan=False))
-    elif json_:
-        report.write_report(Path(json_), document)
+        _write(json.dumps(document, indent=2, allow_nan=False), sys.stdout)
 
 
 def _print(text: str, stream: Any) -> None:
     if not stream.isatty() or os.environ.get("NO_COLOR"):
-        print(text, file=stream)
+        _write(text, stream)
         return
     from rich.console import Console
     from rich.text import Text
@@ -326,6 +329,17 @@ def _print(text: str, stream: Any) -> None:
     for pattern, style in _STYLES.items():
         coloured.highlight_regex(pattern, style)
     Console(file=stream).print(coloured, soft_wrap=True)
+
+
+def _write(line: str, stream: Any) -> None:
+    """Whoever reads may leave after a few lines, as ``head`` does: the run, its report and its exit code are
+    not theirs to end."""
+    try:
+        print(line, file=stream, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 # Outcomes in a column, after a count or in a lint line; not the "relative error" of a case.
@@ -342,7 +356,7 @@ def _progress(total: int) -> Iterator[Callable[[CaseReport], None]]:
     """Something to call with each report: a bar on a terminal, a line on anything else."""
     if not sys.stderr.isatty():
         done = iter(range(1, total + 1))
-        yield lambda entry: print(f"[{next(done)}/{total}] {_brief(entry)}", file=sys.stderr, flush=True)
+        yield lambda entry: _write(f"[{next(done)}/{total}] {_brief(entry)}", sys.stderr)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

@@ -713,6 +713,34 @@ def test_killed_while_everything_is_imported_nothing_is_left(
     assert wait_until_empty(process.pid) == []
 
 
+@pytest.mark.parametrize("streams", [("stdout",), ("stderr",), ("stdout", "stderr")], ids="+".join)
+def test_a_reader_who_leaves_ends_nothing(
+    start: Callable[..., subprocess.Popen[str]], tree: Path, tmp_path: Path, streams: tuple[str, ...]
+) -> None:
+    """As ``| head`` does: the report is written, and the exit code is that of the cases."""
+    driver, report = tmp_path / "driver.py", tmp_path / "report.json"
+    driver.write_text(DRIVER)
+    options = ["--recipe", "fp8", "--device", "cpu", "--jobs", "1"]
+    process = start(sys.executable, driver, "check", "--presets", tree, *options, "--json", report)
+    for name in streams:
+        getattr(process, name).close()
+    assert process.wait(60) == 0
+    assert [entry.outcome for entry in read_report(report)] == [Outcome.PASSED, Outcome.PASSED]
+
+
+@pytest.mark.parametrize("command", [["list"], ["lint"], ["audit"]], ids=lambda command: command[0])
+def test_a_reader_who_leaves_a_light_command(
+    start: Callable[..., subprocess.Popen[str]], tree: Path, tmp_path: Path, command: list[str]
+) -> None:
+    report = tmp_path / "report.json"
+    process = start(*HARNESS, *command, "--presets", tree, "--json", report)
+    assert process.stdout is not None
+    process.stdout.close()
+    whole = subprocess.run([*HARNESS, *command, "--presets", tree], capture_output=True, cwd=ROOT)
+    assert process.wait(60) == whole.returncode
+    assert report.stat().st_size > 100
+
+
 def test_the_real_thing_end_to_end(tree: Path, tmp_path: Path) -> None:
     """Megatron and ModelOpt in a worker: a right preset passes, a wrong one fails, and no noise."""
     report = tmp_path / "report.json"
