@@ -728,6 +728,20 @@ def test_a_reader_who_leaves_ends_nothing(
     assert [entry.outcome for entry in read_report(report)] == [Outcome.PASSED, Outcome.PASSED]
 
 
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("utf-8", "Mödel\\udcff.sh: warning"), ("ascii", "M\\xf6del\\udcff.sh: warning")]
+)
+def test_a_path_that_the_terminal_cannot_show(tree: Path, encoding: str, shown: str) -> None:
+    odd = tree / "Org" / os.fsdecode("Mödel".encode() + b"\xff.sh")
+    odd.parent.mkdir(exist_ok=True)
+    odd.write_text((ROOT / "presets" / "Qwen" / "Qwen3-0.6B.sh").read_text())
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    command = [*HARNESS, "lint", odd]
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert shown in done.stdout.decode(encoding)
+
+
 @pytest.mark.parametrize("command", [["list"], ["lint"], ["audit"]], ids=lambda command: command[0])
 def test_a_reader_who_leaves_a_light_command(
     start: Callable[..., subprocess.Popen[str]], tree: Path, tmp_path: Path, command: list[str]
