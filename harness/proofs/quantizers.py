@@ -6,7 +6,6 @@ recipe, path by path, as ModelOpt applies its entries; so nothing here believes 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass, replace
@@ -31,8 +30,6 @@ from modelopt.torch.quantization.nn import (  # noqa: E402
 )
 
 WEIGHT, INPUT = "weight_quantizer", "input_quantizer"
-
-_PLACE = re.compile(r"(.*?)\.?([^.]*_quantizer)(?:\..*)?")
 
 
 def expected_matrices(model: nn.Module, recipe: Recipe) -> tuple[str, ...]:
@@ -75,9 +72,16 @@ def quantizers(model: nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
 
 def place(quantizer: str) -> tuple[str, str]:
     """Module path and attribute of a quantizer path; a container's member counts as the container."""
-    found = _PLACE.fullmatch(quantizer)
-    assert found is not None, quantizer
-    return found[1], found[2]
+    module, attribute = owner_of(quantizer)
+    return module, attribute.partition(".")[0]
+
+
+def owner_of(name: str) -> tuple[str, str]:
+    """Module path and attribute of a tensor or quantizer path; all of a quantizer counts as attribute."""
+    parts = name.split(".")
+    quantizers = (index for index, part in enumerate(parts) if part.endswith("_quantizer"))
+    index = next(quantizers, len(parts) - 1)
+    return ".".join(parts[:index]), ".".join(parts[index:])
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import nn
 from harness.build import by
 from harness.finding import Finding, Severity
 from harness.proofs.proof import finding
+from harness.proofs.quantizers import owner_of
 from harness.standins.output import import_foreign
 
 import_foreign()
@@ -99,7 +100,7 @@ def check_sharding(model: nn.Module, entries: Mapping[str, Any]) -> Iterator[Fin
     for path, quantizer in model.named_modules():
         if not isinstance(quantizer, TensorQuantizer):
             continue
-        module, attribute = place(path)
+        module, attribute = owner_of(path)
         for name in quantizer.state_dict():
             entry = entries.get(f"{path}.{name}")
             what = f"{attribute}.{name}"
@@ -127,14 +128,6 @@ def _stands_in(module: nn.Module) -> bool:
     """Whether a stand-in takes the place of the module's class: ModelOpt splits the scales of the real one
     in another way than those of the class that the stand-in is made of."""
     return any(base.__module__.startswith("harness.standins.") for base in type(module).__mro__)
-
-
-def place(name: str) -> tuple[str, str]:
-    """Module path and attribute of a tensor or quantizer path; all of a quantizer counts as attribute."""
-    parts = name.split(".")
-    quantizers = (index for index, part in enumerate(parts) if part.endswith("_quantizer"))
-    index = next(quantizers, len(parts) - 1)
-    return ".".join(parts[:index]), ".".join(parts[index:])
 
 
 def _of_rows(attribute: str, entry: Any) -> bool:

@@ -23,7 +23,8 @@ from harness.build import by
 from harness.finding import Finding, has_errors
 from harness.layout_rules import Owner
 from harness.proofs.proof import Proof, finding, judged, said, unsupported
-from harness.proofs.sharding import Shards, check_sharding, loaded_from, place, sharded, shards_of, tensors_of
+from harness.proofs.quantizers import owner_of
+from harness.proofs.sharding import Shards, check_sharding, loaded_from, sharded, shards_of, tensors_of
 from harness.standins.output import import_foreign
 
 import_foreign()
@@ -36,7 +37,7 @@ from modelopt.torch.utils import safe_load  # noqa: E402
 NAME, NAME_SHARDED, NAME_SHARDING = "state", "sharded state", "sharding"
 
 # What a quantizer notes down and does not go by: a type of input it saw, shapes it was last restored to.
-_NOTES = ("_input_dtype", "_pytorch_state_metadata")
+_NOTES = {"_input_dtype", "_pytorch_state_metadata"}
 
 
 @dataclass(frozen=True)
@@ -208,21 +209,21 @@ def _load(model: nn.Module, tensors: Mapping[str, Any]) -> list[Finding]:
 
 def _missing(names: Any) -> Iterator[Finding]:
     for name in names:
-        module, attribute = place(name)
+        module, attribute = owner_of(name)
         yield finding(module, f"{attribute} is not in what was saved", "saved", None)
 
 
 def _left_over(own: Mapping[str, torch.Tensor], tensors: Mapping[str, Any]) -> Iterator[Finding]:
     for name in tensors:
         if name not in own and not name.endswith("_extra_state"):
-            module, attribute = place(name)
+            module, attribute = owner_of(name)
             yield finding(module, f"{attribute} was saved, and the restored model has no place for it", None)
 
 
 def _unlike_in_size(own: Mapping[str, torch.Tensor], tensors: Mapping[str, Any]) -> Iterator[Finding]:
     for name, tensor in own.items():
         if name in tensors and tensors[name].numel() != tensor.numel():
-            module, attribute = place(name)
+            module, attribute = owner_of(name)
             expected, actual = tuple(tensors[name].shape), tuple(tensor.shape)
             what = f"{attribute} was saved as {by(expected)}, and the restored model makes it {by(actual)}"
             yield finding(module, what, expected, actual)
@@ -235,7 +236,7 @@ def unlike(model: nn.Module, restored: nn.Module) -> Iterator[tuple[str, str, An
     """
     expected, actual = tensors_of(model), tensors_of(restored)
     for name in [*expected, *(name for name in actual if name not in expected)]:
-        module, attribute = place(name)
+        module, attribute = owner_of(name)
         if name not in actual or name not in expected:
             side = "lost in" if name in expected else "new in"
             yield module, f"{attribute} is {side} the restored model", None, None
@@ -259,7 +260,7 @@ def _changed(expected: torch.Tensor, actual: torch.Tensor) -> int:
 
 
 def _set_otherwise(name: str, quantizer: Any, other: Any) -> Iterator[tuple[str, str, Any, Any]]:
-    module, attribute = place(name)
+    module, attribute = owner_of(name)
     if type(other) is not type(quantizer):
         what = f"{attribute} is restored as {type(other).__name__}, saved as {type(quantizer).__name__}"
         yield module, what, type(quantizer).__name__, type(other).__name__
@@ -268,7 +269,7 @@ def _set_otherwise(name: str, quantizer: Any, other: Any) -> Iterator[tuple[str,
         return  # how one that is off would quantize is not kept everywhere
     wanted = quantizer.get_modelopt_state(properties_only=True)
     found = other.get_modelopt_state(properties_only=True)
-    for key in sorted((wanted.keys() | found.keys()) - set(_NOTES)):
+    for key in sorted((wanted.keys() | found.keys()) - _NOTES):
         before, now = wanted.get(key), found.get(key)
         # Some algorithms leave tensors in attributes of their own, which are no part of a saved state.
         if not isinstance(before, torch.Tensor) and not isinstance(now, torch.Tensor) and before != now:

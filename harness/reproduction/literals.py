@@ -41,6 +41,8 @@ def literal(value: Any) -> str:
         return f"{type(value).__module__}.{type(value).__qualname__}.{value.name}"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{literal(key)}: {literal(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, set) and value:
+        return "{" + ", ".join(sorted(map(literal, value))) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(literal, value)) + "]"
     if isinstance(value, tuple):
