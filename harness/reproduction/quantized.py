@@ -88,8 +88,8 @@ def _coverage(finding: Finding, recipe: Recipe) -> Iterator[str]:
         yield f"on = [one.is_enabled for path, one in quantizers(model) if path.startswith({name!r})]"
         # Of several stages, one after the other, each is on or off.
         stages = [stage == "on" for stage in meant[2].split(", then ")]
-        wrong = "any(on)" if stages == [False] else f"on != {stages}"
-        yield f'assert not ({wrong}), f"{name} is enabled: {{on}}"'
+        right = "not any(on)" if stages == [False] else f"on == {stages}"
+        yield f'assert {right}, f"{name} is enabled: {{on}}"'
     elif form and finding.module:
         yield from _format(finding.module, form[1], recipe)
     elif isinstance(finding.actual, str):
