@@ -24,7 +24,7 @@ from harness.reproduction.quantized import shown
 def asserted(findings: Iterable[Finding], check: str, recipe: str = "fp8") -> str:
     """The assertions, as text; empty where there are none, because no program shows such findings."""
     try:
-        return "\n".join(shown(_read_again(findings, check), recipe, 1)[1])
+        return "\n".join(shown(_of_check(findings, check), recipe, 1)[1])
     except UsageError:
         return ""
 
@@ -32,13 +32,18 @@ def asserted(findings: Iterable[Finding], check: str, recipe: str = "fp8") -> st
 def asserted_of_export(findings: Iterable[Finding], recipe: str, model: dict[str, Shape]) -> str:
     """The same of an exported checkpoint; ``model`` has Megatron's shapes."""
     try:
-        return "\n".join(export(_read_again(findings, EXPORT), find_recipe(recipe), model)[1])
+        return "\n".join(export(_of_check(findings, EXPORT), find_recipe(recipe), model)[1])
     except UsageError:
         return ""
 
 
-def _read_again(findings: Iterable[Finding], check: str) -> tuple[Finding, ...]:
+def _of_check(findings: Iterable[Finding], check: str) -> tuple[Finding, ...]:
     case = Case("made", "made.sh", "fp8", Layout(), "cpu")
     own = tuple(replace(finding, check=check) for finding in findings)
-    (report,) = from_json(json.loads(json.dumps(to_json([CaseReport(case, Outcome.FAILED, 0.0, (), own)]))))
-    return report.findings
+    return read_again(CaseReport(case, Outcome.FAILED, 0.0, (), own)).findings
+
+
+def read_again(report: CaseReport) -> CaseReport:
+    """What is read from the document that it is written to."""
+    (again,) = from_json(json.loads(json.dumps(to_json([report]))))
+    return again

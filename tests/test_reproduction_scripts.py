@@ -4,14 +4,13 @@ it should, also where its report has been JSON."""
 from __future__ import annotations
 
 import inspect
-import json
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from asserted import asserted
+from asserted import asserted, read_again
 from programs import alone
 from test_reproduction import Broken, case_of, report_of
 
@@ -20,7 +19,6 @@ from harness.errors import UsageError
 from harness.finding import Finding, Severity
 from harness.pipeline import check
 from harness.recipes import find_recipe
-from harness.report import from_json, to_json
 from harness.reproduction.script import write_script
 from harness.reproduction.snippets import FUNCTIONS, snippets
 from harness.standins.patching import patched
@@ -51,11 +49,8 @@ def report_with(
     case = case_of(folder, preset, recipe=recipe, layout=layout)
     last = findings[0].stage
     stages = (*(StageReport(name, Outcome.PASSED, 0.0) for name in case.stages if name != last),)
-    report = CaseReport(
-        case, Outcome.FAILED, 0.0, (*stages, StageReport(last, Outcome.FAILED, 0.0)), findings
-    )
-    (again,) = from_json(json.loads(json.dumps(to_json([report]))))
-    return again
+    stages = (*stages, StageReport(last, Outcome.FAILED, 0.0))
+    return read_again(CaseReport(case, Outcome.FAILED, 0.0, stages, findings))
 
 
 # ---- what programs are made of ----
