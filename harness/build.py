@@ -149,12 +149,12 @@ def _namespace(
     arguments: Mapping[str, Any], layout: Layout, device: torch.device, dtype: torch.dtype
 ) -> argparse.Namespace:
     """The arguments as Megatron's own parser would leave them, overrides applied."""
-    values, enums = dict(arguments), _enums_of_config()
+    values, fields = dict(arguments), _fields_of_config()
     for name, value in arguments.items():
-        kind = enums.get(name)
+        kind = fields.get(name)
         if kind is not None and isinstance(value, str):
             values[name] = kind[value]
-        elif isinstance(value, tuple) and name in enums and name != "window_size":
+        elif isinstance(value, tuple) and name in fields and name != "window_size":
             values[name] = list(value)  # Megatron tests for list; the window alone is a pair
     for override in OVERRIDES:
         if override.applies(device):
@@ -167,7 +167,7 @@ def _namespace(
 
 
 @cache
-def _enums_of_config() -> Mapping[str, type[Enum] | None]:
+def _fields_of_config() -> Mapping[str, type[Enum] | None]:
     """The fields of Megatron's config, and the enumeration of those that have one."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 

@@ -266,10 +266,8 @@ def ffn_ratio_kept(ffn: int, hidden: int, small_ffn: int, small_hidden: int) -> 
 def _unchanged(before: Architecture, after: Architecture, layout: Layout) -> Judgement:
     left, right = before.arguments.values, after.arguments.values
     one, other = ({dest: side[dest] for dest in side.keys() - SIZE_ARGUMENTS} for side in (left, right))
-    count = len(one)
-    changed: list[str] = []
-    if one != other:
-        changed = sorted(dest for dest in one.keys() | other.keys() if one.get(dest) != other.get(dest))
+    count, dests = len(one), one.keys() | other.keys() if one != other else ()
+    changed = sorted(dest for dest in dests if one.get(dest) != other.get(dest))
     return f"{count} arguments", ", ".join(changed) or f"{count} arguments, unchanged", not changed
 
 
