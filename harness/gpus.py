@@ -29,6 +29,7 @@ class Gpu:
     """A GPU, or a MIG device of one: bytes free and in all.
 
     ``entry`` is what names it, alone, in ``CUDA_VISIBLE_DEVICES``, and ``label`` is for people.
+    ``capability`` is its compute capability, as (9, 0).
     """
 
     entry: str
@@ -36,6 +37,7 @@ class Gpu:
     free: int
     total: int
     is_mig: bool = False
+    capability: tuple[int, int] = (0, 0)
 
     def __str__(self) -> str:
         return f"{self.label}, {self.free / GIB:.1f} of {self.total / GIB:.1f} GiB free"
@@ -102,7 +104,8 @@ def visible_of(boards: Sequence[Board], variable: str | None, by_bus: bool = Fal
         if kind == "" and not is_certain:
             every = [other for board in boards for other in board.usable]
             least, most = min(other.free for other in every), max(other.total for other in every)
-            gpu = replace(gpu, label=f"GPU {entry} of {VISIBLE}", free=least, total=most)
+            lowest = min(other.capability for other in every)
+            gpu = replace(gpu, label=f"GPU {entry} of {VISIBLE}", free=least, total=most, capability=lowest)
         # The caller's own words: what they name is the caller's to say.
         found.append(replace(gpu, entry=entry))
     return Visible(tuple(found))
@@ -174,10 +177,12 @@ def _unavailable(error: Exception) -> DeviceUnavailable:
 def _board(nvml: Any, index: int) -> Board:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
     uuid, name = str(nvml.nvmlDeviceGetUUID(handle)), str(nvml.nvmlDeviceGetName(handle))
-    label = f"GPU {index} ({name})"
+    major, minor = map(int, nvml.nvmlDeviceGetCudaComputeCapability(handle))
+    whole = Gpu(uuid, f"GPU {index} ({name})", 0, 0, capability=(major, minor))
     if _is_split(nvml, handle):
-        return Board(uuid, Gpu(uuid, label, 0, 0), name, True, tuple(_instances(nvml, handle, index)))
-    return Board(uuid, Gpu(uuid, label, *_memory(nvml, handle)), name)
+        return Board(uuid, whole, name, True, tuple(_instances(nvml, handle, index, whole.capability)))
+    free, total = _memory(nvml, handle)
+    return Board(uuid, replace(whole, free=free, total=total), name)
 
 
 def _is_split(nvml: Any, handle: Any) -> bool:
@@ -187,7 +192,7 @@ def _is_split(nvml: Any, handle: Any) -> bool:
         return False
 
 
-def _instances(nvml: Any, handle: Any, index: int) -> list[tuple[str, Gpu]]:
+def _instances(nvml: Any, handle: Any, index: int, capability: tuple[int, int]) -> list[tuple[str, Gpu]]:
     found = []
     for number in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
         try:
@@ -196,7 +201,8 @@ def _instances(nvml: Any, handle: Any, index: int) -> list[tuple[str, Gpu]]:
             continue  # a place that no device takes
         place = f"{nvml.nvmlDeviceGetGpuInstanceId(part)}/{nvml.nvmlDeviceGetComputeInstanceId(part)}"
         label = f"MIG device {number} of GPU {index}"
-        found.append((place, Gpu(str(nvml.nvmlDeviceGetUUID(part)), label, *_memory(nvml, part), True)))
+        uuid = str(nvml.nvmlDeviceGetUUID(part))
+        found.append((place, Gpu(uuid, label, *_memory(nvml, part), True, capability)))
     return found
 
 

@@ -1,7 +1,8 @@
 """Processes: how this program starts others, and how none of them survives it.
 
 Everything comes from one fork server, which has torch, Megatron and ModelOpt imported and is started on
-demand; a process forked from it may start a server of its own.
+demand; a process forked from it may start a server of its own. Only where a library that was imported there
+has initialised CUDA, which a forked process cannot use then, processes that need it are started afresh.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from multiprocessing.context import ForkServerContext
+    from multiprocessing.context import ForkServerContext, SpawnContext
 
 PRELOAD = ("harness.preload",)
+SERVER = "harness.fork_server"
 
 _PR_SET_PDEATHSIG = 1
 
@@ -27,8 +29,19 @@ _PR_SET_PDEATHSIG = 1
 def fork_server(preload: Sequence[str] = PRELOAD) -> ForkServerContext:
     """The context whose processes are forked from a server with ``preload`` imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["harness.fork_server", *preload])
+    context.set_forkserver_preload([SERVER, *preload])
     return context
+
+
+def afresh() -> SpawnContext:
+    """The context whose processes are forked from none, and import everything themselves."""
+    return multiprocessing.get_context("spawn")
+
+
+def can_fork_for(device: str) -> bool:
+    """Whether processes that are forked from where this one was can use the device."""
+    preload = sys.modules.get("harness.preload")
+    return device == "cpu" or preload is None or not preload.HAS_CUDA
 
 
 def hand_over_fork_server() -> dict[str, Any]:

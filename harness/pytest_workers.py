@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.case import Case, CaseReport, Outcome
 from harness.devices import Share
+from harness.extensions import load_extensions
 from harness.processes import PRELOAD, fork_server, hand_over_fork_server, join_fork_server
 from harness.worker import Check, Worker, safely
 
@@ -58,9 +59,11 @@ def run_here(check: Check, case: Case, seconds: float, replaceable: bool) -> Cas
     """
     try:
         # Warnings are errors to our own tests, and none of a preset's business.
-        with _time_limit(seconds, replaceable), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("default")
-            return safely(check, case)
+            load_extensions(case)
+            with _time_limit(seconds, replaceable):
+                return safely(check, case)
     except _TimedOut:
         return CaseReport(case, Outcome.ERROR, seconds, reason=f"timed out after {seconds:g} s")
 

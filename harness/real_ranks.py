@@ -28,7 +28,15 @@ from harness.errors import RankLost
 from harness.finding import Finding, Severity
 from harness.host import cores
 from harness.layout import Layout
-from harness.processes import die_with_parent, fork_server, how_it_ended, pin_threads, seconds_left
+from harness.processes import (
+    afresh,
+    can_fork_for,
+    die_with_parent,
+    fork_server,
+    how_it_ended,
+    pin_threads,
+    seconds_left,
+)
 from harness.rank import Rank, ranks
 from harness.rank_model import Job, Outputs, run_rank
 from harness.stacks import recent_last
@@ -38,7 +46,7 @@ from harness.standins.output import captured
 from harness.world import open_world
 
 if TYPE_CHECKING:
-    from multiprocessing.context import ForkServerProcess
+    from multiprocessing.process import BaseProcess
 
 # The same sums in another order. In float32 they differ by some 1e-7, enough to take a number that stands
 # between two of a format to the other side, and with it everything after; in float64 by less than that
@@ -143,7 +151,7 @@ def _difference(wanted: torch.Tensor, found: torch.Tensor) -> float:
 
 def _every_rank(job: Job, part: Run, device: torch.device, main: RankMain) -> dict[int, _Answer]:
     """What each rank of the layout says, by number; without those that waited for one that stopped."""
-    context, own = fork_server(), ranks(job.layout)
+    context, own = fork_server() if can_fork_for(device.type) else afresh(), ranks(job.layout)
     # What this process may use, where it has a share, is each rank's already.
     threads = min(torch.get_num_threads(), max(1, cores() // len(own)))
     with tempfile.TemporaryDirectory(prefix="harness-") as folder, _ended() as processes:
@@ -159,9 +167,9 @@ def _every_rank(job: Job, part: Run, device: torch.device, main: RankMain) -> di
 
 
 @contextmanager
-def _ended() -> Iterator[list[ForkServerProcess]]:
+def _ended() -> Iterator[list[BaseProcess]]:
     """A list of processes, none of which is left at the end."""
-    processes: list[ForkServerProcess] = []
+    processes: list[BaseProcess] = []
     try:
         yield processes
     finally:
@@ -172,7 +180,7 @@ def _ended() -> Iterator[list[ForkServerProcess]]:
 
 
 def _gather(
-    pipes: Mapping[int, Connection], processes: Sequence[ForkServerProcess], layout: Layout, folder: Path
+    pipes: Mapping[int, Connection], processes: Sequence[BaseProcess], layout: Layout, folder: Path
 ) -> dict[int, _Answer]:
     answers: dict[int, _Answer] = {}
     stopped: float | None = None
@@ -194,7 +202,7 @@ def _gather(
     return answers
 
 
-def _hung(late: Mapping[int, ForkServerProcess], layout: Layout, folder: Path) -> RankLost:
+def _hung(late: Mapping[int, BaseProcess], layout: Layout, folder: Path) -> RankLost:
     """Where each of these ranks stands; those last that stand where the fewest do."""
     for process in late.values():
         if process.pid is not None and process.is_alive():
@@ -222,7 +230,7 @@ def _stack_file(folder: Path, number: int) -> Path:
     return folder / f"stack-{number}"
 
 
-def _received(pipe: Connection, process: ForkServerProcess, name: str) -> _Answer:
+def _received(pipe: Connection, process: BaseProcess, name: str) -> _Answer:
     try:
         sent = io.BytesIO(pipe.recv_bytes())
     except (EOFError, OSError):

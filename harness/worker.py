@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
+from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from time import monotonic
@@ -27,18 +28,32 @@ from harness import host
 from harness.case import Case, CaseReport, Outcome, StandInReport
 from harness.devices import Share
 from harness.errors import UsageError, reason_of
-from harness.processes import die_with_parent, how_it_ended, pin_threads, will_end_in
+from harness.extensions import load_extensions
+from harness.processes import (
+    PRELOAD,
+    SERVER,
+    afresh,
+    can_fork_for,
+    die_with_parent,
+    how_it_ended,
+    pin_threads,
+    will_end_in,
+)
 from harness.report import result_from_json, result_to_json, stand_ins
 from harness.stacks import has_stack, recent_last
 
 if TYPE_CHECKING:
-    from multiprocessing.context import ForkServerContext, ForkServerProcess
+    from multiprocessing.context import ForkServerContext, SpawnContext
+    from multiprocessing.process import BaseProcess
 
-# Importing everything takes up to half a minute on a busy machine with cold disks.
-_STARTING_SECONDS = 300.0
+# Importing everything takes up to half a minute on a busy machine with cold disks, and ModelOpt's extensions
+# a minute and more each, where they have to be compiled.
+_STARTING_SECONDS = 900.0
 # A child that hangs writes its stack when its time is up; one that cannot even do that gets no longer.
 _STACK_SECONDS = 2.0
 _QUIET_SECONDS = 0.1
+# What a child says that cannot use the device of a case for having been forked.
+_CANNOT = "cannot"
 _LOG_BYTES = 1 << 16
 # A child that holds so much more than after its first case is replaced, so that no number of cases fills the
 # memory, whatever a library or a heap in pieces keeps of each. On the CPU it takes 0.3 s, once in some
@@ -58,7 +73,8 @@ class Worker:
         """``check`` must be importable by name, as the child looks it up."""
         self.case: Case | None = None
         self.deadline: float | None = None
-        self._context, self._check, self._share = context, check, share
+        self._context: ForkServerContext | SpawnContext = context
+        self._check, self._share = check, share
         self._child: _Child | None = None
         self._timeout: float | None = None
         self._began: float | None = None
@@ -99,6 +115,11 @@ class Worker:
                 message = json.loads(child.messages.recv_bytes())
             except (EOFError, OSError):
                 return self._lost(case, child)
+            if message == _CANNOT:
+                self._context = afresh()
+                self.end()
+                self.hand(case, self._timeout)
+                return None
             if message is not None:
                 if message["spent"]:
                     self.end()
@@ -145,12 +166,11 @@ class Worker:
 class _Child:
     """One process, and the pipes to and from it."""
 
-    def __init__(self, context: ForkServerContext, check: Check, share: Share) -> None:
+    def __init__(self, context: ForkServerContext | SpawnContext, check: Check, share: Share) -> None:
         self.messages, theirs = context.Pipe()
         self.output, their_output = context.Pipe(duplex=False)
-        self.process: ForkServerProcess = context.Process(
-            target=_work, args=(theirs, their_output, check, share)
-        )
+        work = _work if context.get_start_method() == "forkserver" else _work_afresh
+        self.process: BaseProcess = context.Process(target=work, args=(theirs, their_output, check, share))
         self.process.start()
         theirs.close()
         their_output.close()
@@ -211,7 +231,15 @@ def _received(message: dict[str, Any], case: Case) -> CaseReport:
 # ---- the child's side ----
 
 
-def _work(messages: Connection, output: Connection, check: Check, share: Share) -> None:
+def _work_afresh(messages: Connection, output: Connection, check: Check, share: Share) -> None:
+    """``_work`` in a process that nothing is imported in yet, nor done of what a fork server does."""
+    os.environ.update(share.environment)  # before what is imported looks for GPUs
+    for name in (SERVER, *PRELOAD):
+        import_module(name)
+    _work(messages, output, check, share, forked=False)
+
+
+def _work(messages: Connection, output: Connection, check: Check, share: Share, forked: bool = True) -> None:
     """Take cases until the parent closes the pipe; what this process prints goes to ``output``."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -227,6 +255,11 @@ def _work(messages: Connection, output: Connection, check: Check, share: Share) 
         if case.device == "cpu":  # CUDA's driver takes host memory as it likes
             # Few cases need much: one may have more than its share where the others leave it.
             limit_memory(max(share.host_bytes, host.free_memory()))
+        if forked and not can_fork_for(case.device):
+            messages.send_bytes(json.dumps(_CANNOT).encode())
+            return
+        if "modelopt" in sys.modules:
+            load_extensions(case)
         messages.send_bytes(b"null")
         will_end_in(timeout)
         if timeout is not None:

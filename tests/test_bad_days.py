@@ -11,12 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 from sessions import session, wait_until_empty
 
+from harness.gpus import visible_gpus
 from harness.report import read_report
 
 ROOT = Path(__file__).parent.parent
@@ -142,10 +143,13 @@ def start(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
         process.communicate()
 
 
-def pytest_command(*more: str) -> list[str]:
+# nvfp4 needs none of ModelOpt's extensions, of which the first case on a machine waits for the compiler.
+ON_CPU, ON_GPU = ["--recipe", "fp8", "--device", "cpu"], ["--recipe", "nvfp4", "--device", "cuda"]
+
+
+def pytest_command(*more: str, where: Sequence[str] = ON_CPU, timeout: int = 2) -> list[str]:
     plugins = ["-p", "harness.pytest_plugin", "-p", "xdist", "-p", "no:cacheprovider"]
-    options = ["--recipe", "fp8", "--device", "cpu", "--case-timeout", "2"]
-    return ["-m", "pytest", *plugins, "presets", *options, *more]
+    return ["-m", "pytest", *plugins, "presets", *where, "--case-timeout", str(timeout), *more]
 
 
 @pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["one", "xdist"])
@@ -170,7 +174,7 @@ def test_under_pytest_each_bad_case_fails_alone_with_its_reason(
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_harness_check_reports_each_bad_case_with_its_reason(start: Start, tree: Path, jobs: int) -> None:
     began = time.monotonic()
-    options = ["--recipe", "fp8", "--device", "cpu", "--timeout", "2", "--jobs", str(jobs)]
+    options = [*ON_CPU, "--timeout", "2", "--jobs", str(jobs)]
     process = start("drive.py", "check", "--presets", "presets", *options, "--json", "report.json")
     out, _ = process.communicate(timeout=90)
     assert time.monotonic() - began < 60
@@ -213,6 +217,11 @@ def act(action):
             blocks.append(torch.empty(1 << 30))  # reserved and never touched
     if action == "raise":
         raise RuntimeError("shapes cannot be multiplied")
+    if action == "assert":
+        numbers = torch.zeros(4, device="cuda")
+        numbers[torch.full((4,), 1 << 20, device="cuda")]
+    if action == "full":
+        torch.empty(1 << 42, dtype=torch.uint8, device="cuda")
 
 def check(case, real=pipeline.check):
     from megatron.core.transformer.mlp import MLP
@@ -247,23 +256,40 @@ IN_MEGATRON = {
     "raise": "raised RuntimeError: shapes cannot be multiplied",
 }
 
+# The same of a case on a GPU, where the host's memory has no limit.
+IN_CUDA = {name: reason for name, reason in IN_MEGATRON.items() if name != "memory"} | {
+    "assert": "raised AcceleratorError: CUDA error: device-side assert triggered",
+    "full": "out of memory: OutOfMemoryError: CUDA out of memory",
+}
+
 
 @pytest.fixture
 def models(tree: Path) -> Path:
     """The tree with real models in place of the played ones, bad among good."""
+    return with_models(tree, IN_MEGATRON)
+
+
+@pytest.fixture
+def gpu_models(tree: Path) -> Path:
+    if not visible_gpus().gpus:
+        pytest.skip("needs a CUDA device; none here")
+    return with_models(tree, IN_CUDA)
+
+
+def with_models(tree: Path, bad: Iterable[str]) -> Path:
     shutil.rmtree(tree / "presets")
     (tree / "presets" / "Org").mkdir(parents=True)
     (tree / "faulty.py").write_text(FAULTY)
     (tree / "drive.py").write_text(FAULTY_DRIVER)
     (tree / "conftest.py").write_text("import faulty\n")
     source = ROOT / "presets" / "Qwen" / "Qwen3-0.6B.sh"
-    for name in ["good-1", *IN_MEGATRON, "good-2", "zood-3"]:
+    for name in ["good-1", *bad, "good-2", "zood-3"]:
         shutil.copy(source, tree / "presets" / "Org" / f"{name}.sh")
     return tree
 
 
 def test_models_that_fail_in_a_pass_leave_the_others_passing(start: Start, models: Path) -> None:
-    options = ["--recipe", "fp8", "--device", "cpu", "--timeout", "20", "--jobs", "2"]
+    options = [*ON_CPU, "--timeout", "20", "--jobs", "2"]
     process = start("drive.py", "check", "--presets", "presets", *options)
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 2, out
@@ -273,15 +299,37 @@ def test_models_that_fail_in_a_pass_leave_the_others_passing(start: Start, model
 
 
 def test_models_that_fail_in_a_pass_leave_the_others_passing_under_pytest(start: Start, models: Path) -> None:
-    process = start(*pytest_command("-n", "2", "--case-timeout", "20"))
+    process = start(*pytest_command("-n", "2", timeout=20))
     out, _ = process.communicate(timeout=300)
     _each_its_own(out)
     assert "5 failed, 3 passed" in out.splitlines()[-1]
     assert wait_until_empty(process.pid) == []
 
 
-def _each_its_own(out: str) -> None:
-    for name, reason in IN_MEGATRON.items():
+@pytest.mark.gpu
+def test_models_that_fail_on_a_gpu_leave_the_others_passing(start: Start, gpu_models: Path) -> None:
+    options = [*ON_GPU, "--timeout", "20", "--jobs", "2"]
+    process = start("drive.py", "check", "--presets", "presets", *options)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, out
+    _each_its_own(out, IN_CUDA)
+    assert "9 cases: 3 passed, 2 failed, 4 error" in out.splitlines()[-1]
+    assert wait_until_empty(process.pid) == []
+
+
+@pytest.mark.gpu
+def test_models_that_fail_on_a_gpu_leave_the_others_passing_under_pytest(
+    start: Start, gpu_models: Path
+) -> None:
+    process = start(*pytest_command("-n", "2", where=ON_GPU, timeout=20))
+    out, _ = process.communicate(timeout=300)
+    _each_its_own(out, IN_CUDA)
+    assert "6 failed, 3 passed" in out.splitlines()[-1]
+    assert wait_until_empty(process.pid) == []
+
+
+def _each_its_own(out: str, reasons: Mapping[str, str] = IN_MEGATRON) -> None:
+    for name, reason in reasons.items():
         assert f"\nOrg/{name}  {reason}" in out, out
     raised = out.partition("\nOrg/raise  raised ")[2].partition("  again: ")[0].splitlines()
     assert " in layers.0.mlp, given " in raised[0]

@@ -808,6 +808,7 @@ def test_hadamard_equals_the_package(dtype: torch.dtype) -> None:
     ],
     ids=["fp8", "fp8 per channel", "fp8 2-D blocks", "fp8 per token", "int8 per channel", "int8", "int4"],
 )
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning")  # ModelOpt's, of blocks it pads
 def test_what_needs_no_stand_in_is_the_same_on_cuda(config: dict[str, Any], dtype: torch.dtype) -> None:
     """ModelOpt's own plain torch against its kernels, both behind its quantizer."""
     x = normal(160, 232, seed=17, dtype=dtype)
@@ -825,8 +826,9 @@ def test_what_needs_no_stand_in_is_the_same_on_cuda(config: dict[str, Any], dtyp
         return found.cpu()
 
     ours, theirs = run(x), run(x.cuda())
-    # A product rounded once more or less may go to the neighbour; no more than a few do.
-    assert (ours != theirs).float().mean() < 0.01
+    # A product rounded once more or less is the next number of the type, and of the format for a few at ties.
+    step = 1e-6 if dtype == torch.float32 else 0.0
+    assert torch.isclose(ours, theirs, rtol=step, atol=0.0).float().mean() > 0.99
     torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.15, atol=0.5)
 
 

@@ -5,6 +5,7 @@ No machine of ours has eight GPUs or a split one: ``Nvml`` stands for the librar
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -50,6 +51,7 @@ class Card:
     name: str = "NVIDIA H100"
     mig: tuple[float, ...] | None = None
     shares_memory: bool = False
+    capability: tuple[int, int] = (9, 0)
 
 
 @dataclass
@@ -81,6 +83,9 @@ class Nvml:
 
     def nvmlDeviceGetName(self, handle: tuple[Card, int | None]) -> str:
         return handle[0].name
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle: tuple[Card, int | None]) -> tuple[int, int]:
+        return handle[0].capability
 
     def nvmlDeviceGetMigMode(self, handle: tuple[Card, int | None]) -> list[int]:
         if "H100" not in handle[0].name:
@@ -540,6 +545,59 @@ def test_a_worker_cannot_take_more_than_its_share(gpu: Gpu, fraction: str, told:
         [sys.executable, "-c", CAPPED], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == told
+
+
+# What the fork server does, and what a worker then does.
+FORKED = """
+import json
+import os
+import harness.fork_server, harness.preload
+from harness.devices import torch_device
+import torch
+from modelopt.torch.kernels.quantization import gemm
+assert not torch.cuda.is_initialized()
+assert hasattr(gemm, "fp4_fake_quant_block") == (CAPABILITY >= (8, 9))
+if harness.preload.HAS_CUDA:
+    raise SystemExit(7)
+if child := os.fork():
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+device = torch_device("cuda:0")
+assert torch.cuda.get_device_capability(device) == CAPABILITY
+torch.zeros(1, device=device).add_(1)
+os._exit(0)
+"""
+
+
+@pytest.mark.gpu
+def test_what_workers_are_forked_from_has_not_touched_cuda(gpu: Gpu) -> None:
+    code = FORKED.replace("CAPABILITY", str(gpu.capability))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == 7:
+        pytest.skip("a library that is installed here initialises CUDA when it is imported")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+def test_that_a_process_has_initialised_cuda_is_seen(gpu: Gpu) -> None:
+    code = (
+        "import ctypes, torch; from harness.preload import has_cuda; "
+        "ctypes.CDLL('libcuda.so.1').cuInit(0); print(has_cuda(), torch.cuda.is_initialized())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "True False\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["UUID", "0", ""])
+def test_a_check_stays_within_the_variable(gpu: Gpu, form: str) -> None:
+    """Workers on the GPU that it names; on the CPU where it names none."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": form.replace("UUID", gpu.entry)}
+    command = ["-m", "harness", "check", "Qwen/Qwen3-0.6B", "--recipe", "fp8", "--json", "-"]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    (found,) = json.loads(done.stdout)["results"]
+    assert (found["outcome"], found["device"]) == ("passed", "cuda:0" if form else "cpu")
 
 
 def test_asking_imports_no_torch() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from harness.finding import Finding, Severity
 from harness.layout import Layout
 from harness.processes import pin_threads
 from harness.runner import run_cases, safely, spread
+
+ROOT = Path(__file__).parent.parent
 
 
 def case(preset: str, recipe: str = "fp8") -> Case:
@@ -230,6 +233,53 @@ def test_a_ruined_cuda_context_is_left_behind(monkeypatch: pytest.MonkeyPatch) -
     ):
         monkeypatch.setitem(sys.modules, "torch", torch)
         assert worker._ruined(of) is ruined
+
+
+# A library that initialises CUDA when the fork server imports it, as far as workers can tell.
+USES_CUDA = """
+import sys
+from types import ModuleType
+sys.modules["harness.preload"] = ModuleType("harness.preload")
+sys.modules["harness.preload"].HAS_CUDA = True
+"""
+
+TELLS = """
+import os, sys
+from harness import worker
+from harness.case import Case, CaseReport, Outcome
+from harness.devices import Share
+from harness.layout import Layout
+from harness.runner import run_cases
+
+worker.PRELOAD = ("uses_cuda",)  # all that a worker has to import
+
+def tell(case):
+    parent = "run" if os.getppid() == int(os.environ["RUN"]) else "server"
+    if case.preset == "killed":
+        os.kill(os.getpid(), 9)
+    return CaseReport(case, Outcome.PASSED, 0.0, reason=f"{parent} {'uses_cuda' in sys.modules}")
+
+if __name__ == "__main__":
+    os.environ["RUN"] = str(os.getpid())
+    presets = ("a", "killed", "b", "c")
+    cases = [Case(preset, "a.sh", "fp8", Layout(), sys.argv[1]) for preset in presets]
+    reports = run_cases(cases, [Share(1, 1 << 30)], 20.0, check=tell, preload=("uses_cuda",))
+    print(*(report.reason for report in reports), sep="\\n")
+"""
+
+
+@pytest.mark.parametrize(("device", "parent"), [("cpu", "server"), ("cuda:0", "run")])
+def test_where_forked_processes_cannot_use_the_gpu_workers_are_not_forked(
+    tmp_path: Path, device: str, parent: str
+) -> None:
+    (tmp_path / "uses_cuda.py").write_text(USES_CUDA)
+    (tmp_path / "tells.py").write_text(TELLS)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, str(tmp_path / "tells.py"), device]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    killed = "the worker was killed by SIGKILL, as happens when memory runs out"
+    assert done.stdout.splitlines() == [f"{parent} True", killed, f"{parent} True", f"{parent} True"]
+    assert done.stderr == ""
 
 
 def test_the_time_limit_is_per_case() -> None:
