@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import signal
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -90,7 +91,35 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
+# CUDA's own: with 1 each call waits for the GPU, so that a fault comes out of the call that caused it.
+BLOCKING = "CUDA_LAUNCH_BLOCKING"
+
+
+def gpu_fault() -> RuntimeError | None:
+    """What is wrong with this process' CUDA context since a fault on the GPU; None while it is of use.
+
+    A fault is told by whatever call comes next, in the words of that call; this one's are CUDA's own.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as fault:
+        return fault
+    return None
+
+
+def words_of(error: BaseException) -> str:
+    """The type of an error and its text."""
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
 def reason_of(error: Exception) -> str:
-    """Why a case has no verdict, when this came out of it: no memory, or the harness' own fault."""
-    words = f"{type(error).__name__}: {error}".removesuffix(": ")
-    return f"{'out of memory' if out_of_memory(error) else 'the harness failed'}: {words}"
+    """Why a case has no verdict, when this came out of it: no memory, a GPU, or the harness' own fault."""
+    if out_of_memory(error):
+        return f"out of memory: {words_of(error)}"
+    fault = gpu_fault()
+    if fault is not None:
+        return f"a fault on the GPU: {words_of(fault).splitlines()[0]}"
+    return f"the harness failed: {words_of(error)}"

@@ -251,7 +251,7 @@ class SmallModel:
     def _ask_control(self, recipe: Recipe, device: torch.device) -> None:
         """Where ModelOpt raised: whether that is its limit, so that no preset is at fault."""
         raised = self.run.raised.get("quantize")
-        if self.plan is None or raised is None or raised.owner is None:
+        if self.plan is None or raised is None or raised.owner is None or raised.on_gpu:
             return
         from harness.control import ask
 

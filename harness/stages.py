@@ -5,6 +5,7 @@ What Megatron or ModelOpt raises is a finding of its stage; an exception of the 
 
 from __future__ import annotations
 
+import os
 import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from harness.case import STAGES, Check, Outcome, StageReport
-from harness.errors import UnsupportedModel, UsageError, out_of_memory
+from harness.errors import BLOCKING, UnsupportedModel, UsageError, gpu_fault, out_of_memory
 from harness.finding import Finding, Severity, has_errors
 from harness.layout import Layout
 from harness.layout_rules import Owner
@@ -43,13 +44,15 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
 class Raised:
     """What Megatron or ModelOpt raised: its type, its text, where, and whose code it was.
 
-    ``owner`` is None where it came out of the harness's own code, which then is at fault.
+    ``owner`` is None where it came out of the harness's own code, which then is at fault. ``on_gpu`` is a
+    fault on the GPU: it came out of whatever call came next, and no call after it can do better.
     """
 
     kind: str
     words: str
     where: str
     owner: Owner | None
+    on_gpu: bool = False
 
     @classmethod
     def of(cls, error: Exception) -> Raised:
@@ -58,8 +61,12 @@ class Raised:
         where = f" (in {Path(last.filename).name}:{last.lineno}, {last.name})" if last else ""
         owners = [_owner(frame.filename) for frame in frames]
         # torch raises for whoever called it.
-        owner = next((owner for owner in reversed(owners) if owner != "torch"), "harness")
-        return cls(type(error).__name__, str(error), where, Owner(owner) if owner in set(Owner) else None)
+        name = next((owner for owner in reversed(owners) if owner != "torch"), "harness")
+        owner = Owner(name) if name in set(Owner) else None
+        fault = gpu_fault()
+        if fault is None:
+            return cls(type(error).__name__, str(error), where, owner)
+        return cls(type(fault).__name__, str(fault).partition("\n")[0], where, owner, on_gpu=True)
 
     @property
     def actual(self) -> str:
@@ -82,6 +89,10 @@ class Raised:
         message = f"raised {self.kind}: {self.words}{self.where}"
         if module:
             message += f" in {module.removeprefix('decoder.')}{given}"
+        if self.on_gpu and os.environ.get(BLOCKING) != "1":
+            message += (
+                f"; a GPU tells of it late, it may lie before: harness repro, or {BLOCKING}=1, shows where"
+            )
         return Finding(stage, Severity.ERROR, message, module=module, actual=self.actual)
 
     def same_as(self, other: Raised) -> bool:

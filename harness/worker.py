@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from harness import host
 from harness.case import Case, CaseReport, Outcome, StandInReport
 from harness.devices import Share
-from harness.errors import UsageError, reason_of
+from harness.errors import UsageError, gpu_fault, reason_of
 from harness.extensions import load_extensions
 from harness.processes import (
     PRELOAD,
@@ -272,7 +272,8 @@ def _work(messages: Connection, output: Connection, check: Check, share: Share, 
         del report
         size = give_back_memory()
         first = first or size
-        answer["spent"] = _ruined(case) or size > first + _MOST_GROWTH[case.device.partition(":")[0]]
+        grown = size > first + _MOST_GROWTH[case.device.partition(":")[0]]
+        answer["spent"] = grown or gpu_fault() is not None
         messages.send_bytes(json.dumps(answer).encode())
 
 
@@ -282,18 +283,6 @@ def _received_cases(messages: Connection) -> Iterator[tuple[Case, float | None]]
             yield messages.recv()
         except EOFError:
             return
-
-
-def _ruined(case: Case) -> bool:
-    """Whether a case left this process' CUDA context of no use to others, as a fault on the GPU does."""
-    torch = sys.modules.get("torch")
-    if not case.device.startswith("cuda") or torch is None or not torch.cuda.is_initialized():
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:  # the fault itself is in the report of the case
-        return True
-    return False
 
 
 def give_back_memory() -> int:

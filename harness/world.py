@@ -24,7 +24,7 @@ from torch import distributed
 from torch.distributed import distributed_c10d
 
 from harness.case import StandInReport
-from harness.errors import UsageError
+from harness.errors import UsageError, gpu_fault
 from harness.layout import Layout
 from harness.standins.output import import_foreign
 from harness.standins.patching import patched
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from harness.rank import Rank
 
 _BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
+# ModelOpt gathers an object of each quantizer, from one rank too. NCCL alone would do so by way of the GPU: a
+# third of all that a case has it do, and it waits each time.
+_BACKENDS_OF_ONE = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}
 
 SIMULATED_RANKS = StandInReport(
     "torch.distributed's process groups of more than one rank",
@@ -62,10 +65,9 @@ def open_world(
     if distributed.is_initialized():
         raise UsageError("a process group is open already in this process")
     alone = layout.world_size > 1 and meeting is None
-    gloo = device.type == "cpu" and not alone
     with (
         _collected(),
-        _one_gloo_device() if gloo else nullcontext(),
+        _one_gloo_device() if "gloo" in _backend(layout, device, alone) else nullcontext(),
         _random_numbers(device),
         _reproducible(device),
     ):
@@ -99,15 +101,22 @@ def _init_process_group(
 ) -> AbstractContextManager[None]:
     """torch's default group; what to hold open beside it."""
     world = layout.world_size
-    if world > 1 and meeting is None:
+    backend = _backend(layout, device, world > 1 and meeting is None)
+    if backend == "fake":
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
-        distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+        distributed.init_process_group(backend, store=FakeStore(), rank=rank, world_size=world)
         return patched(distributed, "all_to_all_single", _all_to_all_of_one)
     hash_store, file_store = distributed.HashStore, distributed.FileStore  # type: ignore[attr-defined]
     store = file_store(str(meeting), world) if world > 1 else hash_store()
-    distributed.init_process_group(_BACKENDS[device.type], store=store, rank=rank, world_size=world)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
     return nullcontext()
+
+
+def _backend(layout: Layout, device: torch.device, alone: bool) -> str:
+    if alone:
+        return "fake"
+    return (_BACKENDS if layout.world_size > 1 else _BACKENDS_OF_ONE)[device.type]
 
 
 def simulated() -> bool:
@@ -250,14 +259,27 @@ def _random_numbers(device: torch.device) -> Iterator[None]:
     python = random.getstate()
     tracker = megatron_random._CUDA_RNG_STATE_TRACKER
     initialized = megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
+    with torch.random.fork_rng(devices=[]), _cuda_random_numbers(device):
         try:
             yield
         finally:
             random.setstate(python)
             megatron_random._CUDA_RNG_STATE_TRACKER = tracker
             megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = initialized
+
+
+@contextmanager
+def _cuda_random_numbers(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    state = torch.cuda.get_rng_state(device)
+    try:
+        yield
+    finally:
+        # A fault on the GPU leaves a context that nothing can be set in, and nobody can use.
+        if gpu_fault() is None:
+            torch.cuda.set_rng_state(state, device)
 
 
 def _seed(device: torch.device, seed: int) -> None:

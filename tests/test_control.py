@@ -10,7 +10,7 @@ import torch
 from broken import PRESETS
 from small_models import MODELS, model_of
 
-from harness import messages
+from harness import control, messages, stages
 from harness.build import build_model
 from harness.case import Case, Outcome
 from harness.control import WIDTH, plain
@@ -108,6 +108,37 @@ def test_limits_are_the_same_whatever_their_numbers() -> None:
     assert raised("a (3) must match b (12)").same_as(raised("a (5) must match b (20)"))
     assert not raised("a (3) must match b (12)").same_as(raised("no such thing"))
     assert not raised("a").same_as(raised("a", "TypeError"))
+
+
+def test_a_fault_on_the_gpu_is_told_in_cudas_words_and_as_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever call came next has words of its own, and any model after it would raise as well."""
+    fault = RuntimeError("CUDA error: device-side assert triggered\nSearch for it")
+    monkeypatch.setattr(stages, "gpu_fault", lambda: fault)
+    monkeypatch.delenv("CUDA_LAUNCH_BLOCKING", raising=False)
+    with pytest.raises(Exception) as caught:
+        mtq.disable_quantizer(None, "*")
+    found = Raised.of(caught.value)
+    assert found.on_gpu and found.actual == "RuntimeError: CUDA error: device-side assert triggered"
+    message = found.finding("forward", "decoder.layers.0.mlp").message
+    assert message.startswith("raised RuntimeError: CUDA error: device-side assert triggered (in ")
+    late = (
+        "; a GPU tells of it late, it may lie before: harness repro, or CUDA_LAUNCH_BLOCKING=1, shows where"
+    )
+    assert message.endswith(f") in layers.0.mlp{late}")
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    assert found.finding("forward", "decoder.layers.0.mlp").message == message.removesuffix(late)
+
+
+def test_after_a_fault_on_the_gpu_no_control_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def faulty(*args: object, **more: object) -> None:
+        monkeypatch.setattr(stages, "gpu_fault", lambda: RuntimeError("CUDA error: an illegal access"))
+        raise RuntimeError("of the next call")
+
+    monkeypatch.setattr(mtq, "quantize", faulty)
+    monkeypatch.setattr(control, "ask", lambda *_: pytest.fail("a control was asked"))
+    report = check(CASE)
+    assert report.outcome is Outcome.FAILED
+    assert any("CUDA error: an illegal access" in finding.message for finding in report.findings)
 
 
 def test_whose_code_raised() -> None:

@@ -11,10 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 
 import pytest
 
@@ -215,24 +213,36 @@ def play_in_a_small_process(case: Case) -> CaseReport:
     return play(case)
 
 
-def test_a_ruined_cuda_context_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fault() -> None:
-        raise RuntimeError("CUDA error: device-side assert triggered")
+class Faulty(ModuleType):
+    """As much of torch as is asked whether a GPU had a fault."""
 
-    def cuda(synchronize: Callable[[], None], initialized: bool = True) -> SimpleNamespace:
-        return SimpleNamespace(
-            cuda=SimpleNamespace(is_initialized=lambda: initialized, synchronize=synchronize)
-        )
+    class cuda:
+        @staticmethod
+        def is_initialized() -> bool:
+            return True
 
-    on_gpu = replace(case("Org/a"), device="cuda:0")
-    for torch, of, ruined in (
-        (cuda(fault), on_gpu, True),
-        (cuda(lambda: None), on_gpu, False),
-        (cuda(fault, initialized=False), on_gpu, False),
-        (cuda(fault), case("Org/a"), False),
-    ):
-        monkeypatch.setitem(sys.modules, "torch", torch)
-        assert worker._ruined(of) is ruined
+        @staticmethod
+        def synchronize() -> None:
+            raise RuntimeError("CUDA error: device-side assert triggered\nSearch for it")
+
+
+def play_with_a_gpu(case: Case) -> CaseReport:
+    if case.preset == "Org/fault":
+        sys.modules["torch"] = Faulty("torch")
+        raise RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED")
+    return play(case)
+
+
+def test_a_gpu_fault_is_the_reason_and_its_worker_left_behind() -> None:
+    cases = [case(name) for name in ("Org/a", "Org/fault", "Other/b", "Other/c")]
+    reports = run_cases(cases, 1, 60.0, check=play_with_a_gpu, preload=())
+    by_name = {report.case.preset: report for report in reports}
+    fault = by_name.pop("Org/fault")
+    assert fault.reason == "a fault on the GPU: RuntimeError: CUDA error: device-side assert triggered"
+    assert "CUBLAS_STATUS_EXECUTION_FAILED" in fault.log
+    pids = {name: report.stand_ins[0].target for name, report in by_name.items()}
+    before, after = pids["Org/a"], {pids["Other/b"], pids["Other/c"]}
+    assert len(after) == 1 and before not in after, pids
 
 
 # A library that initialises CUDA when the fork server imports it, as far as workers can tell.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from harness import messages, pipeline
 from harness.case import REAL, Case, CaseReport, Outcome
-from harness.errors import UsageError
+from harness.errors import BLOCKING, UsageError
 from harness.reproduction.reduction import reduce, reduction_text
 from harness.reproduction.shape_trace import trace_text
 from harness.reproduction.subject import is_unsupported
@@ -40,6 +41,10 @@ def again(before: CaseReport, wanted: Wanted, width: int | None) -> tuple[CaseRe
         raise UsageError(
             "--pdb: the ranks of --ranks real are processes of their own, out of a debugger's reach"
         )
+    if case.device != "cpu":
+        os.environ.setdefault(
+            BLOCKING, "1"
+        )  # before CUDA is initialised; a case alone can wait for each call
     texts = []
     script = wanted.script
     if script is not None and before.outcome is Outcome.ERROR:
