@@ -27,18 +27,16 @@ def load_extensions(case: Case) -> None:
     if not case.device.startswith("cuda") or case.recipe == PARITY:
         return
     with contextlib.suppress(Exception):
-        names = needed(find_recipe(case.recipe))
-        if not names:
-            return
+        from harness.devices import torch_device
+        from harness.standins.output import captured, import_foreign
+
+        import_foreign()
         from modelopt.torch.quantization import extensions
         from torch.utils.cpp_extension import _get_build_directory
 
-        from harness.devices import torch_device
-        from harness.standins.output import captured
-
         torch_device(case.device)
         with captured():
-            for name in names:
+            for name in needed(find_recipe(case.recipe)):
                 with alone(Path(_get_build_directory(f"modelopt_{name}", False))):
                     getattr(extensions, f"get_{name}")(raise_if_failed=True)
 
@@ -48,7 +46,7 @@ def needed(recipe: Recipe) -> tuple[str, ...]:
     formats = {
         each for entry in recipe.entries if entry.enable for each in entry.formats or () if not each.backend
     }
-    return tuple(sorted(filter(None, map(_extension, formats))))
+    return tuple(sorted({name for name in map(_extension, formats) if name}))
 
 
 def _extension(format: Format) -> str | None:
