@@ -141,6 +141,8 @@ class Worker:
     def _lost(self, case: Case, child: _Child) -> CaseReport:
         child.process.join(1)  # its exit code comes a moment after its pipes have closed
         reason = how_it_ended(child.process.exitcode, "the worker")
+        if self._began is None:
+            reason += ", before the case began"
         self.end()
         return self._fault(case, reason, child)
 

@@ -292,6 +292,30 @@ def test_where_forked_processes_cannot_use_the_gpu_workers_are_not_forked(
     assert done.stderr == ""
 
 
+UNGUARDED = """
+from harness.case import Case
+from harness.layout import Layout
+from harness.runner import run_cases
+
+(report,) = run_cases([Case("a", "a.sh", "fp8", Layout(), "cpu")], 1, 20.0, preload=())
+print(report.reason)
+"""
+
+
+def test_a_worker_that_never_began_says_so(tmp_path: Path) -> None:
+    """As where a script runs cases whenever it is imported, by its own workers too."""
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stdout == "the worker exited with code 1, before the case began\n"
+
+
 def test_the_time_limit_is_per_case() -> None:
     reports = run("slow", "slow", "slow", "slow", jobs=1, timeout=0.9)
     assert {report.outcome for report in reports} == {Outcome.PASSED}

@@ -3,14 +3,18 @@ from __future__ import annotations
 import gc
 import os
 import random
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import distributed
 from torch.distributed import distributed_c10d
 
+from harness import world
 from harness.errors import UsageError
 from harness.layout import Layout
 from harness.rank import Rank, ranks
@@ -23,6 +27,7 @@ import_foreign()
 from megatron.core import parallel_state  # noqa: E402
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -186,3 +191,69 @@ def test_nothing_of_chance_is_received() -> None:
         assert torch.ones(5).new_empty(size=[2]).tolist() == [0, 0]
         1 / 0  # noqa: B018
     assert (torch.empty, torch.empty_like, torch.Tensor.new_empty) == (empty, like, new)
+
+
+# ---- on a GPU, in a process of its own: this one has the CPU's stand-ins ----
+
+
+@pytest.mark.parametrize(
+    ("layout", "device", "alone", "backend"),
+    [
+        (Layout(), "cpu", False, "gloo"),
+        (Layout(), "cuda", False, "cpu:gloo,cuda:nccl"),
+        (Layout(tp=2), "cpu", False, "gloo"),
+        (Layout(tp=2), "cuda", False, "nccl"),
+        (Layout(tp=2), "cuda", True, "fake"),
+    ],
+)
+def test_backends(layout: Layout, device: str, alone: bool, backend: str) -> None:
+    assert world._backend(layout, torch.device(device), alone) == backend
+
+
+ON_GPU = """
+import torch
+from torch import distributed
+from torch.distributed import distributed_c10d
+from harness.layout import Layout
+from harness.standins import installed
+from harness.world import open_world
+
+device = torch.device("cuda:0")
+before = torch.cuda.get_rng_state(device)
+with installed(device), open_world(Layout(), device):
+    from megatron.core import parallel_state
+    group, found, ones = parallel_state.get_expert_data_parallel_group(), [None], torch.ones(2, device=device)
+    distributed.all_gather_object(found, {"a": 1}, group=group)
+    distributed.all_reduce(ones, group=group)
+    assert (found, ones.tolist()) == ([{"a": 1}], [1.0, 1.0])
+    assert distributed_c10d._get_object_coll_device(group) == "cpu"
+    torch.rand(4, device=device)
+assert torch.equal(torch.cuda.get_rng_state(device), before)
+"""
+
+FAULT = """
+import torch
+from harness.errors import gpu_fault
+from harness.layout import Layout
+from harness.standins import installed
+from harness.world import open_world
+
+device = torch.device("cuda:0")
+assert gpu_fault() is None
+try:
+    with installed(device), open_world(Layout(), device):
+        torch.zeros(4, device=device)[torch.full((4,), 1 << 20, device=device)]
+        raise KeyError("what comes through")
+except KeyError:
+    pass
+assert "device-side assert" in str(gpu_fault())
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("code", [ON_GPU, FAULT], ids=["collectives", "fault"])
+def test_a_world_on_a_gpu(code: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device; none here")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
