@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.architecture import architecture
 from harness.build import build_model
+from harness.errors import is_no_verdict
 from harness.layout import Layout
 from harness.quantize import quantize
 from harness.stages import Raised
@@ -80,10 +81,14 @@ def _asked(control: Architecture, recipe: Recipe, device: torch.device, raised: 
     try:
         model = build_model(control, Layout(), device)
     except Exception as error:
+        if is_no_verdict(error):
+            raise
         return Answer(False, f"a model of plain sizes cannot be built: {Raised.of(error).text}")
     try:
         quantize(model, recipe, control, device)
     except Exception as error:
+        if is_no_verdict(error):
+            raise
         other = Raised.of(error)
         if raised.same_as(other):
             return Answer(True, "a model of plain sizes raises the same")

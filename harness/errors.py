@@ -110,6 +110,13 @@ def gpu_fault() -> RuntimeError | None:
     return None
 
 
+def is_no_verdict(error: BaseException) -> bool:
+    """Whether what was raised says nothing of a preset: no memory, or a fault on the GPU, after which every
+    call raises. Whoever takes an exception of Megatron's or ModelOpt's for a result lets these through.
+    """
+    return out_of_memory(error) or gpu_fault() is not None
+
+
 def words_of(error: BaseException) -> str:
     """The type of an error and its text."""
     return f"{type(error).__name__}: {error}".removesuffix(": ")

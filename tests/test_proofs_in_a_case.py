@@ -13,7 +13,7 @@ import torch
 from broken import PRESETS
 from small_models import MODELS, model_of
 
-from harness import calibration, quantize
+from harness import calibration, errors, quantize, stages
 from harness.build import build_model
 from harness.case import PROOFS, Case, CaseReport, Check, Outcome
 from harness.layout import Layout
@@ -267,3 +267,52 @@ def test_how_a_stand_in_is_split_is_not_judged(monkeypatch: pytest.MonkeyPatch) 
     assert found() == set()
     monkeypatch.setattr("harness.proofs.sharding._stands_in", lambda module: False)
     assert found() == {"fc1_latent_proj", "fc2_latent_proj"}
+
+
+# ---- no memory, or a fault on the GPU, wherever it comes up: no limit, which would leave the run green ----
+
+PLACES = {
+    "state": ("state", "harness.proofs.state.mto.restore_from_modelopt_state"),
+    "sharded state": ("state", "harness.proofs.state.sharded"),
+    "sharding": ("", "harness.proofs.state.sharded"),
+    "weights": ("weights", "harness.proofs.weights.QTensorWrapper"),
+    "backward": ("backward", "harness.proofs.backward._loss"),
+    "export": ("export", "modelopt.torch.export.export_mcore_gpt_to_hf"),
+    "control": ("", "harness.control.quantize"),
+    "a control that is built": ("", "harness.control.build_model"),
+}
+
+
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["memory", "fault"])
+@pytest.mark.parametrize("place", PLACES)
+def test_what_says_nothing_of_a_preset_is_no_limit(
+    place: str, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proof, target = PLACES[place]
+    fault = RuntimeError("CUDA error: device-side assert triggered\nSearch for it")
+    raised = []
+
+    def stop(*_: Any, **__: Any) -> None:
+        if on_gpu:
+            for module in (errors, stages):
+                monkeypatch.setattr(module, "gpu_fault", lambda: fault)
+        raised.append(target)
+        raise RuntimeError("of the next call" if on_gpu else "CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(target, stop)
+    case = replace(CASE, prove=(proof,)) if proof else CASE
+    if place == "sharding":
+        case = replace(CASE, layout=Layout(tp=2))
+    if "control" in place:
+        case = replace(CASE, recipe="nvfp4_svdquant")
+    report = check(case)
+    assert raised == [target]
+    if on_gpu:
+        # Where Megatron or ModelOpt was at work it is a finding, which names the module.
+        assert report.outcome in (Outcome.FAILED, Outcome.ERROR)
+        said = [report.reason, *(finding.message for finding in report.findings)]
+        assert any("CUDA error: device-side assert triggered" in words for words in said)
+    else:
+        assert report.outcome is Outcome.ERROR
+        assert report.reason.startswith("out of memory: RuntimeError: CUDA out of memory")
+    assert not [check for check in checks(report).values() if check.outcome is Outcome.UNSUPPORTED]

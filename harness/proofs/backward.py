@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
+from harness.errors import is_no_verdict
 from harness.finding import Finding
 from harness.layout_rules import Owner
 from harness.proofs.proof import Proof, finding, judged, said, unsupported
@@ -53,6 +54,8 @@ def prove_backward(
     except NotImplementedError as error:
         return unsupported(NAME, Owner.MODELOPT, said(error), "no gradient passes the quantizers")
     except RuntimeError as error:
+        if is_no_verdict(error):
+            raise
         message = f"a gradient step raises {said(error)}"
         return judged(NAME, [finding(None, message, "gradients", type(error).__name__)], "no gradients")
     finally:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from harness.build import by
+from harness.errors import is_no_verdict
 from harness.finding import Finding, has_errors
 from harness.layout_rules import Owner
 from harness.proofs.proof import Proof, finding, judged, said, unsupported
@@ -130,6 +131,8 @@ def _sharded_or_limit(model: nn.Module, name: str = NAME_SHARDED) -> tuple[dict[
     try:
         return sharded(model), None
     except Exception as error:
+        if is_no_verdict(error):
+            raise
         words = f"{_unsharded(model)} has no sharded state dict"
         return {}, unsupported(name, _owner(error), said(error), words)
 
@@ -148,6 +151,8 @@ def _prove(
         try:
             findings += restore(restored, saved) or [finding(*row) for row in unlike(model, restored)]
         except Exception as error:
+            if is_no_verdict(error):
+                raise
             message = f"a fresh model cannot be restored from the {name}: {said(error)}"
             findings.append(finding(None, message, "restored", type(error).__name__))
         if not has_errors(findings):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from harness.errors import is_no_verdict
 from harness.finding import Finding
 from harness.layout_rules import Owner
 from harness.proofs.packing import WeightFormat, packed, step, weight_format
@@ -104,6 +105,8 @@ def _refusal(module: Any) -> str | None:
             real = _stages(quantizer)[0](weight)
             used = quantizer(QTensorWrapper(real))
     except Exception as error:
+        if is_no_verdict(error):
+            raise
         return said(error)
     if isinstance(used, BaseQuantizedTensor):
         # The next stage packs what the first has unpacked, and the product is given no tensor.
