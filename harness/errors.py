@@ -80,8 +80,8 @@ class Interrupted(BaseException):
         self.reports: tuple[CaseReport, ...] = ()
 
 
-# The words of torch's allocators where there is no memory; on the CPU it is a RuntimeError like any other.
-_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory")
+# The words of torch's allocators and of CUDA's libraries where there is no memory, in a RuntimeError.
+_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 
 
 def out_of_memory(error: BaseException) -> bool:

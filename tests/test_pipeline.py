@@ -322,8 +322,9 @@ def test_the_harness_own_exception_is_an_error_with_its_traceback(
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
-    ids=lambda error: type(error).__name__,
+    ids=["python", "cpu", "cuda", "cublas"],
 )
 @pytest.mark.parametrize("target", [f"{MODEL}.forward", "modelopt.torch.quantization.quantize"])
 def test_that_memory_ran_out_is_said_and_is_no_fault_of_a_preset(

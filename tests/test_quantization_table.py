@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -62,27 +63,36 @@ def sample() -> list[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def table() -> Cells:
+def tables() -> dict[str, Cells]:
+    """By device and layout."""
     assert TABLE.is_file(), f"{TABLE} is missing: make it with tests/benchmarks/quantization.py"
-    return read(TABLE.read_text(encoding="utf-8"))[1][CPU]
+    return read(TABLE.read_text(encoding="utf-8"))[1]
 
 
-def test_every_preset_and_every_recipe_is_in_it(table: Cells) -> None:
-    assert set(table) == {(preset, recipe) for preset in FILES for recipe in config_names()}
+@pytest.fixture(scope="module")
+def table(tables: dict[str, Cells]) -> Cells:
+    return tables[CPU]
+
+
+def test_every_preset_and_every_recipe_is_in_it(tables: dict[str, Cells]) -> None:
+    for table in tables.values():
+        assert set(table) == {(preset, recipe) for preset in FILES for recipe in config_names()}
 
 
 def test_versions_are_those_installed() -> None:
     """Of torch any: what quantizes follows from the other two."""
-    versions, _ = read(TABLE.read_text(encoding="utf-8"))
-    assert set(versions) == set(PACKAGES)
-    for name in set(PACKAGES) - {"torch"}:
-        assert versions[name] == metadata.version(name)
+    versions, cells = read(TABLE.read_text(encoding="utf-8"))
+    assert set(versions) == set(cells)
+    for found in versions.values():
+        assert set(found) == set(PACKAGES)
+        for name in set(PACKAGES) - {"torch"}:
+            assert found[name] == metadata.version(name)
 
 
-def test_nothing_fails_and_nothing_is_without_a_reason(table: Cells) -> None:
-    failed = {place: cell for place, cell in table.items() if cell.outcome in (Outcome.FAILED, Outcome.ERROR)}
-    assert failed == {}
-    assert all(cell.reason for cell in table.values() if cell.outcome is not Outcome.PASSED)
+def test_nothing_fails_and_nothing_is_without_a_reason(tables: dict[str, Cells]) -> None:
+    cells = {(title, *place): cell for title, table in tables.items() for place, cell in table.items()}
+    assert [place for place, cell in cells.items() if cell.outcome in (Outcome.FAILED, Outcome.ERROR)] == []
+    assert all(cell.reason for cell in cells.values() if cell.outcome is not Outcome.PASSED)
 
 
 @pytest.mark.parametrize(("preset", "recipe"), sample())
@@ -183,6 +193,20 @@ def test_other_versions_are_an_error() -> None:
     other["packages"]["torch"] = "1.3"
     with pytest.raises(ValueError, match=r"reports of torch 1\.2 and 1\.3"):
         gathered([to_json(reports(), ENVIRONMENT), to_json(reports(), other)])
+
+
+def test_each_device_has_versions_of_its_own() -> None:
+    on_gpu = [replace(report, case=replace(report.case, device="cuda:0")) for report in reports()]
+    other = copy.deepcopy(ENVIRONMENT)
+    other["packages"]["torch"] = "1.3"
+    versions, found = gathered([to_json(reports(), ENVIRONMENT), to_json(on_gpu, other)])
+    text = written(versions, found)
+    assert "| package | cpu, tp1 | cuda, tp1 |\n| --- | --- | --- |\n| torch | 1.2 | 1.3 |\n" in text
+    again, cells = read(text)
+    assert again == versions
+    assert {title: set(table) for title, table in cells.items()} == {
+        title: set(table) for title, table in found.items()
+    }
 
 
 def test_no_reason_is_an_error() -> None:

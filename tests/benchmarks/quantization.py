@@ -54,6 +54,8 @@ class Cell:
 
 # By preset and recipe.
 Cells = dict[tuple[str, str], Cell]
+# By device and layout, as ``cpu, tp1``: of each of PACKAGES.
+Versions = Mapping[str, Mapping[str, str]]
 
 
 def cell_of(report: CaseReport) -> Cell:
@@ -67,22 +69,23 @@ def cell_of(report: CaseReport) -> Cell:
     return Cell(report.outcome, line)
 
 
-def gathered(documents: Iterable[Any]) -> tuple[Mapping[str, str], dict[str, Cells]]:
-    """Versions, and the cells by device and layout.
+def gathered(documents: Iterable[Any]) -> tuple[Versions, dict[str, Cells]]:
+    """Versions and cells, by device and layout.
 
-    Raises ValueError for versions that differ, for a case that ended in two ways, and for one that is
-    missing where its preset and its recipe are not.
+    Raises ValueError for versions that differ at one of these, for a case that ended in two ways, and for
+    one that is missing where its preset and its recipe are not.
     """
-    versions: dict[str, str] = {}
+    versions: dict[str, dict[str, str]] = {}
     found: dict[str, Cells] = {}
     for document in documents:
-        packages = document["environment"]["packages"]
-        for name in PACKAGES:
-            if versions.setdefault(name, str(packages[name])) != str(packages[name]):
-                raise ValueError(f"reports of {name} {versions[name]} and {packages[name]}")
+        packages = {name: str(document["environment"]["packages"][name]) for name in PACKAGES}
         for report in from_json(document):
             case, cell = report.case, cell_of(report)
-            cells = found.setdefault(f"{case.device.partition(':')[0]}, {case.layout}", {})
+            title = f"{case.device.partition(':')[0]}, {case.layout}"
+            cells, known = found.setdefault(title, {}), versions.setdefault(title, packages)
+            for name in PACKAGES:
+                if known[name] != packages[name]:
+                    raise ValueError(f"{title}: reports of {name} {known[name]} and {packages[name]}")
             if cells.setdefault((case.preset, case.recipe), cell).key != cell.key:
                 raise ValueError(f"{case.name} is {cells[case.preset, case.recipe]} and {cell}")
     for title, cells in found.items():
@@ -98,9 +101,10 @@ def _names(cells: Cells) -> tuple[list[str], list[str]]:
     return sorted(presets, key=str.lower), sorted(recipes)
 
 
-def written(versions: Mapping[str, str], found: Mapping[str, Cells]) -> str:
+def written(versions: Versions, found: Mapping[str, Cells]) -> str:
     """The whole document."""
-    blocks = [_INTRODUCTION, _table(["package", "version"], [[name, versions[name]] for name in PACKAGES])]
+    rows = [[name, *(versions[title][name] for title in found)] for name in PACKAGES]
+    blocks = [_INTRODUCTION, _table(["package", *found], rows)]
     labels: dict[tuple[Outcome, str], str] = {}
     reasons: dict[str, str] = {}
     for title, cells in found.items():
@@ -148,7 +152,7 @@ def _unescaped(text: str) -> str:
     return re.sub(r"\\(.)", r"\1", text)
 
 
-def read(text: str) -> tuple[dict[str, str], dict[str, Cells]]:
+def read(text: str) -> tuple[Versions, dict[str, Cells]]:
     """What ``written`` was given, but for numbers in reasons. Raises ValueError for any other text."""
     tables: dict[str, list[list[list[str]]]] = {"": []}
     title, inside = "", False
@@ -166,7 +170,8 @@ def read(text: str) -> tuple[dict[str, str], dict[str, Cells]]:
     outcomes = {letter: outcome for outcome, letter in _LETTERS.items()}
     found: dict[str, Cells] = {}
     try:
-        versions = {row[0]: row[1] for row in tables.pop("")[0][2:]}
+        (_, *titles), _, *lines = tables.pop("")[0]
+        versions = {title: {row[0]: row[at] for row in lines} for at, title in enumerate(titles, 1)}
         for title, (matrix, legend) in tables.items():
             presets = {row[0]: row[1].split(", ") for row in legend[2:]}
             for names, *words in matrix[2:]:
