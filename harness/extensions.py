@@ -12,6 +12,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from harness.case import PARITY, Case
@@ -22,23 +23,31 @@ from harness.recipes.format import E4M3, Format
 def load_extensions(case: Case) -> None:
     """Load what the quantizers of the case call, on its device, compiled first where it is not yet.
 
-    What cannot be compiled or loaded the case meets again, and reports.
+    What cannot be compiled or loaded, or is not there, the case meets again, and reports.
     """
     if not case.device.startswith("cuda") or case.recipe == PARITY:
         return
     with contextlib.suppress(Exception):
         from harness.devices import torch_device
-        from harness.standins.output import captured, import_foreign
+        from harness.standins.output import import_foreign
 
         import_foreign()
-        from modelopt.torch.quantization import extensions
-        from torch.utils.cpp_extension import _get_build_directory
-
         torch_device(case.device)
-        with captured():
-            for name in needed(find_recipe(case.recipe)):
-                with alone(Path(_get_build_directory(f"modelopt_{name}", False))):
-                    getattr(extensions, f"get_{name}")(raise_if_failed=True)
+        for name in needed(find_recipe(case.recipe)):
+            _load(name)
+
+
+@cache
+def _load(name: str) -> None:
+    """Once a process, also where it fails: a compiler that is no good takes as long as one that is."""
+    from modelopt.torch.quantization import extensions
+    from torch.utils.cpp_extension import _get_build_directory
+
+    from harness.standins.output import captured
+
+    folder = Path(_get_build_directory(f"modelopt_{name}", False))
+    with captured(), contextlib.suppress(Exception), alone(folder):
+        getattr(extensions, f"get_{name}")(raise_if_failed=True)
 
 
 def needed(recipe: Recipe) -> tuple[str, ...]:

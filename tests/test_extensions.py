@@ -74,12 +74,14 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         monkeypatch.setattr(theirs, f"get_{name}", get(name))
     monkeypatch.setattr(devices, "torch_device", lambda name: None)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    extensions._load.cache_clear()
     return names
 
 
 def test_what_cannot_be_had_is_left_to_the_case(asked: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     load_extensions(CASE)
-    assert asked == ["cuda_ext_fp8"]
+    load_extensions(replace(CASE, recipe="w4a8_awq_beta"))  # the first once more, and another
+    assert asked == ["cuda_ext_fp8", "cuda_ext"]
     assert capfd.readouterr() == ("", "")
 
 

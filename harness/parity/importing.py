@@ -69,9 +69,9 @@ def import_checkpoint(model: nn.Module, folder: Path) -> Imported:
         try:
             import_mcore_gpt_from_hf(model, str(folder), dtype=torch.float32)
         except Exception as error:  # the importer's, whatever it is: its words are the result
-            raised = Raised.of(error)
             if is_no_verdict(error):
                 raise
+            raised = Raised.of(error)
     return Imported(
         read=frozenset(read),
         unread=tuple(sorted(stored_names(folder) - read.keys())),
