@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from multiprocessing.connection import wait
 from time import monotonic
 from typing import Any
@@ -21,13 +22,19 @@ __all__ = ["run_cases", "safely", "spread"]
 
 
 def spread(cases: Sequence[Case]) -> list[int]:
-    """Indices in the order of running: a preset's cases apart, as those of a large one all take long."""
-    seen: Counter[str] = Counter()
-    turn = []
-    for case in cases:
-        turn.append(seen[case.preset])
-        seen[case.preset] += 1
-    return sorted(range(len(cases)), key=lambda index: turn[index])
+    """Indices in the order of running: a preset's cases apart, as those of a large one all take long.
+
+    And each preset begins with another of its cases, so that recipes are apart as well: those that wait
+    for a compiler or take long are not in hand all at once.
+    """
+    of_preset: dict[str, list[int]] = {}
+    for index, case in enumerate(cases):
+        of_preset.setdefault(case.preset, []).append(index)
+    rows = []
+    for number, own in enumerate(of_preset.values()):
+        first = number % len(own)
+        rows.append(own[first:] + own[:first])
+    return [index for turn in zip_longest(*rows) for index in turn if index is not None]
 
 
 def run_cases(

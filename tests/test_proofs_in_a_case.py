@@ -269,6 +269,25 @@ def test_how_a_stand_in_is_split_is_not_judged(monkeypatch: pytest.MonkeyPatch) 
     assert found() == {"fc1_latent_proj", "fc2_latent_proj"}
 
 
+# ---- on a GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none here")
+@pytest.mark.parametrize(
+    "recipe", ["fp8", "nvfp4", "int4_awq", "mxfp8", "int8", "fp8_2d_blockwise_weight_only"]
+)
+@pytest.mark.parametrize("case", [CASE, SPARSE], ids=["dense", "MoE"])
+def test_cuda_gives_every_proof_the_verdict_of_the_cpu(case: Case, recipe: str) -> None:
+    case = replace(case, recipe=recipe, prove=PROOFS)
+    cpu, cuda = check(case), check(replace(case, device="cuda:0"))
+    assert cuda.outcome == cpu.outcome
+    assert [finding.message for finding in cuda.findings] == [finding.message for finding in cpu.findings]
+    assert {name: each.outcome for name, each in checks(cuda).items()} == {
+        name: each.outcome for name, each in checks(cpu).items()
+    }
+
+
 # ---- no memory, or a fault on the GPU, wherever it comes up: no limit, which would leave the run green ----
 
 PLACES = {

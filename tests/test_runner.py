@@ -370,12 +370,11 @@ def test_what_was_done_before_an_interrupt_is_kept(jobs: int) -> None:
     assert {report.reason for report in reports[2:]} == {"interrupted by SIGTERM"}
 
 
-def test_cases_of_one_preset_are_spread() -> None:
+def test_cases_of_one_preset_are_spread_and_those_of_one_recipe() -> None:
     cases = [case(preset, recipe) for preset in ("a", "b") for recipe in ("1", "2", "3")]
+    cases.append(case("c", "1"))
     order = [cases[index] for index in spread(cases)]
-    assert [(c.preset, c.recipe) for c in order] == [
-        ("a", "1"), ("b", "1"), ("a", "2"), ("b", "2"), ("a", "3"), ("b", "3"),
-    ]  # fmt: skip
+    assert " ".join(c.preset + c.recipe for c in order) == "a1 b2 c1 a2 b3 a3 b1"
 
 
 def test_pinning_threads_imports_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
