@@ -10,6 +10,7 @@ import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
@@ -25,6 +26,8 @@ __all__ = ["Preset", "PresetFile", "discover", "find", "find_presets", "load_pre
 
 # What Megatron-LM's ``conf/arguments.sh`` has set before it sources a preset, at layout tp1.
 SET_BEFORE = dict.fromkeys(PARALLEL_SIZES, "1")
+# Presets of a catalogue, each of which a worker meets again with other recipes.
+_KEPT = 64
 # What its scripts run after it.
 EXECUTED = frozenset({"LAUNCH_SCRIPT", "SCRIPT_DIR"})
 
@@ -50,10 +53,16 @@ def load_preset(file: PresetFile) -> Preset:
     data, unreadable = _read(file.path)
     if unreadable is not None:
         return _nothing(file, {}, [unreadable])
+    return _described(file, data) or _overlaid(file, read_script(data))
+
+
+@lru_cache(maxsize=_KEPT)
+def _described(file: PresetFile, data: bytes) -> Preset | None:
+    """What a file of these bytes says by itself; None for an overlay, which goes with another file."""
     script = read_script(data, environment=SET_BEFORE)
     findings = [*script.findings, *_executed(script)]
     if not any(finding.is_error for finding in script.findings) and is_overlay(script.variables):
-        return _overlaid(file, read_script(data))
+        return None
     if "MODEL_ARGS" not in script.variables:
         # A syntax fault may be why it is not set; two findings for one fault would mislead.
         if not any(finding.is_error for finding in findings):

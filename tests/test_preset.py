@@ -672,3 +672,14 @@ def test_overlays_are_found_by_name_and_not_otherwise(tmp_path: Path) -> None:
     named = find([str(root), "qwen3_8b"], root)
     assert [file.name for file in named.files] == ["Qwen/Qwen3-8B", "Qwen/qwen3_8b"]
     assert named.not_checked == ()
+
+
+def test_a_file_that_changes_is_read_again_and_one_that_does_not_is_not(tmp_path: Path) -> None:
+    file = PresetFile("Org/a", tmp_path / "a.sh")
+    file.path.write_text('MODEL_ARGS=" --num-layers 2 --hidden-size 64 --num-attention-heads 4"\n')
+    first = load_preset(file)
+    assert load_preset(file) is first
+    file.path.write_text('MODEL_ARGS=" --num-layers 3 --hidden-size 64 --num-attention-heads 4"\n')
+    again = load_preset(file)
+    assert first.arguments is not None and again.arguments is not None
+    assert (first.arguments["num_layers"], again.arguments["num_layers"]) == (2, 3)
