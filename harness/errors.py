@@ -117,16 +117,12 @@ def is_no_verdict(error: BaseException) -> bool:
     return out_of_memory(error) or gpu_fault() is not None
 
 
-def words_of(error: BaseException) -> str:
-    """The type of an error and its text."""
-    return f"{type(error).__name__}: {error}".removesuffix(": ")
-
-
 def reason_of(error: Exception) -> str:
     """Why a case has no verdict, when this came out of it: no memory, a GPU, or the harness' own fault."""
     if out_of_memory(error):
-        return f"out of memory: {words_of(error)}"
-    fault = gpu_fault()
-    if fault is not None:
-        return f"a fault on the GPU: {words_of(fault).splitlines()[0]}"
-    return f"the harness failed: {words_of(error)}"
+        why = "out of memory"
+    elif (fault := gpu_fault()) is not None:
+        return f"a fault on the GPU: {type(fault).__name__}: {fault}".splitlines()[0]
+    else:
+        why = "the harness failed"
+    return f"{why}: {type(error).__name__}: {error}".removesuffix(": ")

@@ -26,10 +26,11 @@ __all__ = ["Preset", "PresetFile", "discover", "find", "find_presets", "load_pre
 
 # What Megatron-LM's ``conf/arguments.sh`` has set before it sources a preset, at layout tp1.
 SET_BEFORE = dict.fromkeys(PARALLEL_SIZES, "1")
-# Presets of a catalogue, each of which a worker meets again with other recipes.
-_KEPT = 64
 # What its scripts run after it.
 EXECUTED = frozenset({"LAUNCH_SCRIPT", "SCRIPT_DIR"})
+
+# Presets of a catalogue, each of which a worker meets again with other recipes.
+_KEPT = 64
 
 
 @dataclass(frozen=True)

@@ -64,17 +64,17 @@ def open_world(
 
     if distributed.is_initialized():
         raise UsageError("a process group is open already in this process")
-    alone = layout.world_size > 1 and meeting is None
+    backend = _backend(layout, device, alone=layout.world_size > 1 and meeting is None)
     with (
         _collected(),
-        _one_gloo_device() if "gloo" in _backend(layout, device, alone) else nullcontext(),
+        _one_gloo_device() if "gloo" in backend else nullcontext(),
         _random_numbers(device),
         _reproducible(device),
     ):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         excepthook = sys.excepthook  # torch wraps it with each group, and never takes it back
-        collectives = _init_process_group(layout, device, rank.number if rank else 0, meeting)
+        collectives = _init_process_group(backend, layout.world_size, rank.number if rank else 0, meeting)
         state = _globals(parallel_state)
         try:
             parallel_state.initialize_model_parallel(
@@ -97,11 +97,9 @@ def open_world(
 
 
 def _init_process_group(
-    layout: Layout, device: torch.device, rank: int, meeting: Path | None
+    backend: str, world: int, rank: int, meeting: Path | None
 ) -> AbstractContextManager[None]:
     """torch's default group; what to hold open beside it."""
-    world = layout.world_size
-    backend = _backend(layout, device, world > 1 and meeting is None)
     if backend == "fake":
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -114,6 +112,7 @@ def _init_process_group(
 
 
 def _backend(layout: Layout, device: torch.device, alone: bool) -> str:
+    """torch's name of what carries the collectives; ``alone`` is a rank whose others are simulated."""
     if alone:
         return "fake"
     return (_BACKENDS if layout.world_size > 1 else _BACKENDS_OF_ONE)[device.type]

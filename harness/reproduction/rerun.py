@@ -42,9 +42,8 @@ def again(before: CaseReport, wanted: Wanted, width: int | None) -> tuple[CaseRe
             "--pdb: the ranks of --ranks real are processes of their own, out of a debugger's reach"
         )
     if case.device != "cpu":
-        os.environ.setdefault(
-            BLOCKING, "1"
-        )  # before CUDA is initialised; a case alone can wait for each call
+        # Before CUDA is initialised; a case alone can wait for each call.
+        os.environ.setdefault(BLOCKING, "1")
     texts = []
     script = wanted.script
     if script is not None and before.outcome is Outcome.ERROR:
