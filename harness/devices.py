@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import host
@@ -33,18 +34,28 @@ MOST_THREADS = 8
 FRACTION = "HARNESS_CUDA_MEMORY_FRACTION"
 
 
+# Where CUDA looks for the daemon of its Multi-Process Service (MPS), and where it does by default.
+MPS, MPS_DIRECTORY = "CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"
+
+
+def has_mps() -> bool:
+    """Whether the processes of a GPU run at once, through MPS. A fault of one is then a fault of all."""
+    return Path(os.environ.get(MPS, MPS_DIRECTORY), "control").exists()
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """What one worker may use: CPU threads, bytes of host memory, and of one GPU where it has one.
 
     ``entry`` is its ``CUDA_VISIBLE_DEVICES``, None where that stays as it is, and ``fraction`` the part of
-    the memory of that GPU that it may allocate.
+    the memory of that GPU that it may allocate. One without ``mps`` takes turns on the GPU with all others.
     """
 
     threads: int
     host_bytes: int
     entry: str | None = None
     fraction: float | None = None
+    mps: bool = True
 
     @property
     def environment(self) -> dict[str, str]:
@@ -54,6 +65,8 @@ class Share:
             variables[VISIBLE] = self.entry
         if self.fraction is not None:
             variables[FRACTION] = f"{self.fraction:.6f}"
+        if not self.mps:
+            variables[MPS] = os.devnull
         return variables
 
 

@@ -20,8 +20,5 @@ for _descriptor in (1, 2):
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "8")
 
-# torch.compile starts a process for each core, in each worker, to compile the few kernels of a tiny model.
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-
 # torch.cuda.is_available() asks the CUDA runtime otherwise, which a fork does not survive.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness import host
 from harness.case import Case, CaseReport, Outcome, StandInReport
-from harness.devices import Share
+from harness.devices import Share, has_mps
 from harness.errors import UsageError, gpu_fault, reason_of
 from harness.extensions import load_extensions
 from harness.processes import (
@@ -74,7 +74,7 @@ class Worker:
         self.case: Case | None = None
         self.deadline: float | None = None
         self._context: ForkServerContext | SpawnContext = context
-        self._check, self._share = check, share
+        self._check, self._share, self._apart = check, share, False
         self._child: _Child | None = None
         self._timeout: float | None = None
         self._began: float | None = None
@@ -97,7 +97,7 @@ class Worker:
         self.deadline = monotonic() + _STARTING_SECONDS
         if self._child is None or not self._child.send(case, timeout):
             self.end()
-            self._child = _Child(self._context, self._check, self._share)
+            self._child = _Child(self._context, self._check, replace(self._share, mps=not self._apart))
             self._child.send(case, timeout)  # where it is gone already, its sentinel says so
 
     @property
@@ -138,7 +138,7 @@ class Worker:
             self._child.end()
             self._child = None
 
-    def _lost(self, case: Case, child: _Child) -> CaseReport:
+    def _lost(self, case: Case, child: _Child) -> CaseReport | None:
         child.process.join(1)  # its exit code comes a moment after its pipes have closed
         reason = how_it_ended(child.process.exitcode, "the worker")
         if self._began is None:
@@ -146,7 +146,7 @@ class Worker:
         self.end()
         return self._fault(case, reason, child)
 
-    def _too_long(self, case: Case, child: _Child) -> CaseReport:
+    def _too_long(self, case: Case, child: _Child) -> CaseReport | None:
         if self._began is None:
             reason = f"no worker came up within {_STARTING_SECONDS:g} s"
         else:
@@ -155,12 +155,22 @@ class Worker:
         self.end()
         return self._fault(case, reason, child)
 
-    def _fault(self, case: Case, reason: str, child: _Child) -> CaseReport:
+    def _fault(self, case: Case, reason: str, child: _Child) -> CaseReport | None:
         log = recent_last(child.log.decode(errors="replace"))
         seconds = 0.0 if self._began is None else monotonic() - self._began
         return self._done(CaseReport(case, Outcome.ERROR, seconds, reason=reason, log=log))
 
-    def _done(self, report: CaseReport) -> CaseReport:
+    def _done(self, report: CaseReport) -> CaseReport | None:
+        """None where the case is run once more, apart from others: what ended it may have been another's."""
+        again = (
+            report.outcome is Outcome.ERROR and report.case.device != "cpu" and not self._apart and has_mps()
+        )
+        if again or self._apart:
+            self.end()
+        self._apart = again
+        if again:
+            self.hand(report.case, self._timeout)
+            return None
         self.case = self.deadline = None
         return report
 

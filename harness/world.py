@@ -14,14 +14,12 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed
-from torch.distributed import distributed_c10d
 
 from harness.case import StandInReport
 from harness.errors import UsageError, gpu_fault
@@ -65,28 +63,23 @@ def open_world(
     if distributed.is_initialized():
         raise UsageError("a process group is open already in this process")
     backend = _backend(layout, device, alone=layout.world_size > 1 and meeting is None)
-    with (
-        _collected(),
-        _one_gloo_device() if "gloo" in backend else nullcontext(),
-        _random_numbers(device),
-        _reproducible(device),
-    ):
+    with _collected(), _random_numbers(device), _reproducible(device):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         excepthook = sys.excepthook  # torch wraps it with each group, and never takes it back
         collectives = _init_process_group(backend, layout.world_size, rank.number if rank else 0, meeting)
         state = _globals(parallel_state)
         try:
-            parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=layout.tp,
-                pipeline_model_parallel_size=layout.pp,
-                context_parallel_size=layout.cp,
-                expert_model_parallel_size=layout.ep,
-                expert_tensor_parallel_size=layout.etp,
-                create_gloo_process_groups=False,
-            )
-            _seed(device, seed)
             with collectives:
+                parallel_state.initialize_model_parallel(
+                    tensor_model_parallel_size=layout.tp,
+                    pipeline_model_parallel_size=layout.pp,
+                    context_parallel_size=layout.cp,
+                    expert_model_parallel_size=layout.ep,
+                    expert_tensor_parallel_size=layout.etp,
+                    create_gloo_process_groups=False,
+                )
+                _seed(device, seed)
                 yield
         finally:
             parallel_state.destroy_model_parallel()
@@ -108,7 +101,7 @@ def _init_process_group(
     hash_store, file_store = distributed.HashStore, distributed.FileStore  # type: ignore[attr-defined]
     store = file_store(str(meeting), world) if world > 1 else hash_store()
     distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return nullcontext()
+    return patched(distributed, "new_group", _default_group) if world == 1 else nullcontext()
 
 
 def _backend(layout: Layout, device: torch.device, alone: bool) -> str:
@@ -176,31 +169,13 @@ def _globals(module: ModuleType) -> dict[str, Any]:
     }
 
 
-_Gloo: Any = distributed.ProcessGroupGloo
-_gloo_devices: list[Any] = []  # of the world that is open
+def _default_group(*given: Any, **more: Any) -> Any:
+    """torch's default group for each of the twenty that Megatron makes of a single rank.
 
-
-class _OfOneDevice(_Gloo):  # type: ignore[misc]
-    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta, **more: Any) -> None:
-        options = _Gloo._Options()
-        for name, value in {"_devices": _gloo_devices, "_timeout": timeout, **more}.items():
-            setattr(options, name, value)
-        super().__init__(store, rank, size, options)
-
-
-@contextmanager
-def _one_gloo_device() -> Iterator[None]:
-    """All groups that gloo makes inside share a device, the thread that listens for what comes in.
-
-    Each would have its own, which takes some 5 ms to end: 0.1 s of waiting for the twenty groups that
-    Megatron makes of every model.
+    They hold the same rank and say the same of it. Each that is used would have a communicator of NCCL's,
+    and threads of gloo's, to be made and ended with every case.
     """
-    _gloo_devices[:] = [_Gloo.create_default_device()]
-    try:
-        with patched(distributed_c10d, "ProcessGroupGloo", _OfOneDevice):
-            yield
-    finally:
-        _gloo_devices.clear()
+    return distributed.group.WORLD
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -18,7 +19,7 @@ import pytest
 
 from harness import worker
 from harness.case import Case, CaseReport, Outcome, ShrinkReport, StandInReport
-from harness.devices import Share, worker_shares
+from harness.devices import MPS, Share, worker_shares
 from harness.errors import Interrupted, UsageError
 from harness.finding import Finding, Severity
 from harness.layout import Layout
@@ -243,6 +244,51 @@ def test_a_gpu_fault_is_the_reason_and_its_worker_left_behind() -> None:
     pids = {name: report.stand_ins[0].target for name, report in by_name.items()}
     before, after = pids["Org/a"], {pids["Other/b"], pids["Other/c"]}
     assert len(after) == 1 and before not in after, pids
+
+
+def play_beside_others(case: Case) -> CaseReport:
+    """As ``play``; ``fault`` fails where it shares the GPU, as its neighbour's fault has it fail there."""
+    shares = os.environ.get(MPS) != os.devnull
+    with Path(case.path).open("a", encoding="utf-8") as runs:
+        runs.write(f"{case.preset} {'shares' if shares else 'apart'}\n")
+    if case.preset == "Org/fault" and shares:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+    return play(case)
+
+
+def run_beside_others(log: Path, *presets: str) -> tuple[list[CaseReport], list[str]]:
+    """The reports, and each time that a case was begun."""
+    cases = [replace(case(preset), path=str(log), device="cuda:0") for preset in presets]
+    reports = run_cases(cases, [Share(1, 1 << 30)], 20.0, check=play_beside_others, preload=())
+    return reports, log.read_text(encoding="utf-8").splitlines()
+
+
+def test_an_error_where_all_share_a_gpu_is_looked_at_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "control").touch()
+    monkeypatch.setenv(MPS, str(tmp_path))
+    presets = ("Org/fault", "Other/b", "Third/segfault", "Fourth/d")
+    reports, runs = run_beside_others(tmp_path / "runs", *presets)
+    assert [report.outcome for report in reports] == ["passed", "passed", "error", "passed"]
+    assert reports[2].reason == "the worker was killed by SIGSEGV"
+    assert runs == [
+        "Org/fault shares",
+        "Org/fault apart",
+        "Other/b shares",
+        "Third/segfault shares",
+        "Third/segfault apart",
+        "Fourth/d shares",
+    ]
+
+
+def test_an_error_on_a_gpu_that_processes_take_turns_on_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(MPS, str(tmp_path))
+    reports, runs = run_beside_others(tmp_path / "runs", "Org/fault")
+    assert reports[0].reason == "the harness failed: RuntimeError: CUDA error: unspecified launch failure"
+    assert runs == ["Org/fault shares"]
 
 
 # A library that initialises CUDA when the fork server imports it, as far as workers can tell.
