@@ -177,3 +177,26 @@ def test_a_backward_that_raises_is_found(model: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tensor_quant.ScaledE4M3Function, "backward", staticmethod(backward))
     (finding,) = prove(model).findings
     assert finding.message == "a gradient step raises RuntimeError: a kernel failed"
+
+
+def test_a_model_that_raises_without_quantizers_too_is_megatrons_limit(model: Any) -> None:
+    def spoilt(module: Any, args: Any, output: Any) -> Any:
+        class Spoilt(torch.autograd.Function):
+            @staticmethod
+            def forward(context: Any, given: torch.Tensor) -> torch.Tensor:
+                return given.clone()
+
+            @staticmethod
+            def backward(context: Any, *gradients: Any) -> Any:
+                raise RuntimeError("no gradient passes here")
+
+        return Spoilt.apply(output)
+
+    model.embedding.register_forward_hook(spoilt)
+    weight = model.get_parameter(f"{QKV}.weight")
+    weight.grad = own = torch.ones_like(weight)
+    proof = prove(model)
+    assert (proof.outcome, proof.owner, proof.findings) == (Outcome.UNSUPPORTED, Owner.MEGATRON, ())
+    assert proof.limit == "RuntimeError: no gradient passes here"
+    assert weight.grad is own
+    assert model.get_submodule(FC1).weight_quantizer.is_enabled

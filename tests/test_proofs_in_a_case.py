@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from broken import PRESETS
+from broken import PRESETS, TREE
 from small_models import MODELS, model_of
 
 from harness import calibration, errors, quantize, stages
@@ -72,6 +72,16 @@ def test_every_proof_of_a_sound_case_passes() -> None:
 def test_what_costs_much_is_proved_on_request_only() -> None:
     assert list(checks(check(CASE))) == [*ALWAYS]
     assert list(checks(check(replace(CASE, prove=("backward",))))) == [*ALWAYS, "backward"]
+
+
+def test_a_gradient_step_that_megatron_cannot_take_is_unsupported_and_fails_nothing() -> None:
+    """Megatron adds an expert's bias in place, to what its reduction of one rank returns: a view."""
+    path = str(TREE / "openai" / "gpt-oss-20b.sh")
+    report = check(replace(CASE, preset="openai/gpt-oss-20b", path=path, prove=("backward",)))
+    assert failed(report) == []
+    proof = checks(report)["backward"]
+    assert proof.outcome is Outcome.UNSUPPORTED
+    assert proof.detail.startswith("Megatron: RuntimeError: Output 0 of _ReduceFromModelParallelRegion")
 
 
 def test_a_proof_that_modelopt_cannot_give_is_unsupported_and_fails_nothing() -> None:

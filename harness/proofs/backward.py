@@ -16,6 +16,7 @@ from harness.errors import is_no_verdict
 from harness.finding import Finding
 from harness.layout_rules import Owner
 from harness.proofs.proof import Proof, finding, judged, said, unsupported
+from harness.proofs.quantizers import quantizers_off
 from harness.routing import experts
 
 NAME = "backward"
@@ -34,7 +35,8 @@ def prove_backward(
     ``matrices`` are module paths, ``tokens`` ids [batch, sequence]. ``logits`` are the model's for them,
     with their graph, where the caller has run it so already. ``tokens_of_expert`` says by path what each
     expert saw in that pass, where it was not this function's own: one without a token has no gradient.
-    Gradients are gone afterwards, and the model is as it was. Unsupported where ModelOpt's backward raises.
+    Gradients are gone afterwards, and the model is as it was. Unsupported where ModelOpt has no backward, and
+    where the model raises the same with its quantizers off.
     """
     trained = {path: model.get_parameter(f"{path}.weight") for path in (*matrices, _EMBEDDING)}
     frozen = [path for path, weight in trained.items() if not weight.requires_grad]
@@ -56,6 +58,8 @@ def prove_backward(
     except RuntimeError as error:
         if is_no_verdict(error):
             raise
+        if _raised_without_quantizers(model, tokens) == said(error):
+            return unsupported(NAME, Owner.MEGATRON, said(error), "nor has the unquantized model gradients")
         message = f"a gradient step raises {said(error)}"
         return judged(NAME, [finding(None, message, "gradients", type(error).__name__)], "no gradients")
     finally:
@@ -66,6 +70,19 @@ def prove_backward(
     detail += f"; {len(frozen)} are frozen" if frozen else ""
     detail += f"; {len(idle)} are of experts that saw no token" if idle else ""
     return judged(NAME, findings, detail)
+
+
+def _raised_without_quantizers(model: nn.Module, tokens: torch.Tensor) -> str | None:
+    """What the same step raises with every quantizer off. It leaves gradients behind where it raises none."""
+    try:
+        with quantizers_off(model), torch.enable_grad():
+            logits, _ = forward_with_graph(model, tokens)
+            _loss(logits, tokens).backward()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if is_no_verdict(error):
+            raise
+        return said(error)
+    return None
 
 
 def forward_with_graph(model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, int]]:
