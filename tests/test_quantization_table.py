@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from harness.case import Case, CaseReport, Outcome
 from harness.finding import Finding, Severity
@@ -26,7 +27,7 @@ sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 import quantization  # noqa: E402
 from quantization import PACKAGES, TABLE, Cell, Cells, cell_of, gathered, read, written  # noqa: E402
 
-CPU = "cpu, tp1"
+CPU, CUDA = "cpu, tp1", "cuda, tp1"
 FILES = {file.name: file for file in discover(ROOT / "presets")}
 # Recipes of one preset of each kind that are run again.
 EACH = 2
@@ -69,12 +70,8 @@ def tables() -> dict[str, Cells]:
     return read(TABLE.read_text(encoding="utf-8"))[1]
 
 
-@pytest.fixture(scope="module")
-def table(tables: dict[str, Cells]) -> Cells:
-    return tables[CPU]
-
-
 def test_every_preset_and_every_recipe_is_in_it(tables: dict[str, Cells]) -> None:
+    assert set(tables) == {CPU, CUDA}
     for table in tables.values():
         assert set(table) == {(preset, recipe) for preset in FILES for recipe in config_names()}
 
@@ -96,9 +93,17 @@ def test_nothing_fails_and_nothing_is_without_a_reason(tables: dict[str, Cells])
 
 
 @pytest.mark.parametrize(("preset", "recipe"), sample())
-def test_a_part_of_it_runs_as_it_says(preset: str, recipe: str, table: Cells) -> None:
+def test_a_part_of_it_runs_as_it_says(preset: str, recipe: str, tables: dict[str, Cells]) -> None:
     found = cell_of(check(Case(preset, str(FILES[preset].path), recipe, Layout(), "cpu")))
-    assert found.key == table[preset, recipe].key
+    assert found.key == tables[CPU][preset, recipe].key
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none here")
+@pytest.mark.parametrize(("preset", "recipe"), sample())
+def test_a_part_of_it_runs_on_a_gpu_as_it_says(preset: str, recipe: str, tables: dict[str, Cells]) -> None:
+    found = cell_of(check(Case(preset, str(FILES[preset].path), recipe, Layout(), "cuda:0")))
+    assert found.key == tables[CUDA][preset, recipe].key
 
 
 # The text itself

@@ -33,9 +33,9 @@ Every preset with every recipe that ModelOpt offers, shrunken: built, run, quant
 proved. `ok` means passed. `U` is a limit of ModelOpt's or Megatron's, whatever the preset; `S` was skipped;
 `F` failed. The reasons are below; of those that differ in nothing but numbers, the first.
 
-Made by `harness check --recipe all --device cpu --json report.json` and
-`python tests/benchmarks/quantization.py report.json`; `tests/test_quantization_table.py` runs a part of it
-again.
+Made by `harness check --recipe all --json REPORT`, with `--device cpu` and with `--device cuda`, and
+`python tests/benchmarks/quantization.py REPORT...`; `tests/test_quantization_table.py` runs a part of each
+again, on what devices there are.
 """
 
 
