@@ -13,7 +13,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +24,8 @@ from harness.finding import Finding, Severity
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 _MAX_BYTES = 1 << 20
 _SUFFIXES = (".toml", ".config.json")
+# Files of a catalogue, each of which a worker meets again with other recipes.
+_KEPT = 64
 # The presets that come with the harness, where it runs from its repository.
 CATALOGUE = Path(__file__).parent.parent / "presets"
 
@@ -59,8 +61,7 @@ def facts_beside(preset: Path) -> tuple[Facts | None, tuple[Finding, ...]]:
         try:
             if path.stat().st_size > _MAX_BYTES:
                 raise ValueError(f"larger than {_MAX_BYTES} bytes")
-            read = _read_toml if path.suffix == ".toml" else _read_json
-            return read(path, label), ()
+            return _said_by(path, label, path.read_bytes()), ()
         except (OSError, ValueError, RecursionError) as error:
             return None, (_finding(f"{label} cannot be read: {error}", Severity.ERROR),)
     stem = _stem(preset)
@@ -101,8 +102,15 @@ def _catalogue() -> Mapping[str, Path]:
     return MappingProxyType(found)
 
 
-def _read_toml(path: Path, label: str) -> Facts:
-    data = tomllib.loads(path.read_bytes().decode())
+@lru_cache(maxsize=_KEPT)
+def _said_by(path: Path, label: str, data: bytes) -> Facts:
+    """What a file of these bytes says."""
+    read = _read_toml if path.suffix == ".toml" else _read_json
+    return read(path, label, data.decode())
+
+
+def _read_toml(path: Path, label: str, text: str) -> Facts:
+    data = tomllib.loads(text)
     tables = {}
     for name in ("config", "derived", "architecture", "params"):
         tables[name] = data.get(name, {})
@@ -167,8 +175,8 @@ def _fill_from_architecture(config: dict[str, Any], architecture: Mapping[str, A
 _MODELING = re.compile(r"\bmodels/(\w+)")
 
 
-def _read_json(path: Path, label: str) -> Facts:
-    data = json.loads(path.read_bytes().decode())
+def _read_json(path: Path, label: str, text: str) -> Facts:
+    data = json.loads(text)
     if not isinstance(data, dict):
         raise ValueError("it is not a JSON object")
     config = _text_model(data)

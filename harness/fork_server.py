@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import signal
 
+from harness.heap import keep_freed_memory
 from harness.processes import die_with_parent
 
 die_with_parent()
+keep_freed_memory()
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this one
 for _descriptor in (1, 2):
     os.dup2(os.open(os.devnull, os.O_WRONLY), _descriptor)

@@ -7,7 +7,6 @@ where it stood. Everything goes over pipes.
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import json
 import multiprocessing
@@ -20,7 +19,6 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from importlib import import_module
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +27,7 @@ from harness.case import Case, CaseReport, Outcome, StandInReport
 from harness.devices import Share, has_mps
 from harness.errors import UsageError, gpu_fault, reason_of
 from harness.extensions import load_extensions
+from harness.heap import give_back_memory, pages
 from harness.processes import (
     PRELOAD,
     SERVER,
@@ -297,37 +296,15 @@ def _received_cases(messages: Connection) -> Iterator[tuple[Case, float | None]]
             return
 
 
-def give_back_memory() -> int:
-    """Return to the system what malloc keeps of a case for the next; the bytes that are then resident.
-
-    A model of many small parts leaves malloc a heap of a gigabyte with little in use. This takes some
-    hundredths of a second after a large model.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
-    return resident_bytes()
-
-
-def resident_bytes() -> int:
-    """What this process has in memory."""
-    return _pages(1)
-
-
 def limit_memory(size: int) -> None:
     """Let this process have ``size`` bytes of data more than it has; the next ones raise in the case.
 
     The limit is of private writable memory, which torch allocates and Python too, not of address space,
     of which libraries reserve much that they never use.
     """
-    limit = _pages(5) + size
+    limit = pages(5) + size
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     resource.setrlimit(resource.RLIMIT_DATA, (limit if hard < 0 else min(limit, hard), hard))
-
-
-def _pages(field: int) -> int:
-    """A field of this process' statm (1 is what is resident, 5 data and stack), in bytes."""
-    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[field]) * resource.getpagesize()
 
 
 def safely(check: Check, case: Case) -> CaseReport:

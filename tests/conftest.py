@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from harness.worker import give_back_memory, resident_bytes
+from harness.heap import give_back_memory, keep_freed_memory, resident_bytes
 
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
+keep_freed_memory()  # as where cases run
 
 # Of one world that is open.
 _MANY_THREADS = 100

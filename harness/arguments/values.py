@@ -51,6 +51,10 @@ class Arguments:
     values: Mapping[str, Any]
     origins: Mapping[str, Origin]
 
+    def __hash__(self) -> int:
+        """Read-only views have none. Of equal arguments the same; telling others apart is left to ``==``."""
+        return hash(frozenset(self.origins))
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Read-only views do not cross processes; what they show does."""
         return _arguments, (dict(self.values), dict(self.origins))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from harness.architecture import Architecture, architecture
@@ -31,6 +32,8 @@ _BESIDE_ONE = 4096
 _COMBINATIONS = 1 << 15
 # What the sizes to try beside one hidden size take to find, in combinations.
 _A_FRAME = 32
+# Plans that a worker meets again with other recipes: of the presets of a catalogue, at a few layouts.
+_KEPT = 128
 
 
 class NoPlan(Exception):
@@ -55,6 +58,7 @@ class ShrinkPlan:
         }
 
 
+@lru_cache(maxsize=_KEPT)
 def shrink(before: Architecture, layout: Layout) -> ShrinkPlan:
     """The smallest plan that keeps S1-S12 at ``layout``. Raises NoPlan."""
     after = _smallest(before, layout)

@@ -3,9 +3,10 @@
 Bare work is opening the process groups that Megatron needs, building the same small model, a forward
 pass, ``mtq.quantize`` over the same calibration tokens and a forward pass; a case also reads, audits,
 shrinks, checks and reports. Both in processor time of this process and its threads, the median of RUNS (3
-unless given) after one that warms up, in turns, so that a busy machine slows both. One dense, one MoE and
-one hybrid preset; every recipe of the default set unless some are named, or ``all``. A case that does not
-pass has no cost: its outcome is printed in place of a ratio.
+unless given) after one that warms up. They run in turns, and the ratio is the median of each turn's: what
+slows a turn, a busy machine or a heap in pieces, slows both. One dense, one MoE and one hybrid preset; every
+recipe of the default set unless some are named, or ``all``. A case that does not pass has no cost: its
+outcome is printed instead.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from harness.architecture import Architecture
 from harness.build import build_model
 from harness.calibration import Calibration
 from harness.case import Case, CaseReport, Outcome
+from harness.heap import keep_freed_memory
 from harness.layout import Layout
 from harness.pipeline import check, full_size
 from harness.preset import find_presets
@@ -64,9 +66,12 @@ def seconds(work: Callable[[], object]) -> float:
     return process_time() - start
 
 
-def measure(case: Case, small: Architecture, recipe: Recipe, runs: int) -> tuple[float, float, CaseReport]:
-    """(bare, case) in seconds of processor time, and the last report of the case."""
-    times: tuple[list[float], list[float]] = ([], [])
+Turn = tuple[float, float]  # of bare work and of a case, seconds of processor time
+
+
+def measure(case: Case, small: Architecture, recipe: Recipe, runs: int) -> tuple[list[Turn], CaseReport]:
+    """Every turn but the one that warms up, and the last report; no turns where the case does not pass."""
+    turns: list[Turn] = []
     reports: list[CaseReport] = []
     with captured(), installed(CPU, small), open_world(ONE, CPU):
         model = build_model(small, ONE, CPU, 1234)
@@ -76,17 +81,17 @@ def measure(case: Case, small: Architecture, recipe: Recipe, runs: int) -> tuple
     for _ in range(runs + 1):
         whole = seconds(lambda: reports.append(check(case)))
         if reports[-1].outcome is not Outcome.PASSED:
-            return 0.0, whole, reports[-1]
+            return [], reports[-1]
         with installed(CPU, small):
-            times[0].append(seconds(lambda: bare(small, recipe, tokens)))
-        times[1].append(whole)
-    return median(times[0][1:]), median(times[1][1:]), reports[-1]
+            turns.append((seconds(lambda: bare(small, recipe, tokens)), whole))
+    return turns[1:], reports[-1]
 
 
 def main(arguments: Sequence[str]) -> None:
     runs = int(arguments[0]) if arguments and arguments[0].isdecimal() else 3
     recipes = recipes_named([each for each in arguments if not each.isdecimal()])
     worst: list[float] = []
+    keep_freed_memory()  # as where cases run
     print(f"{'preset':32} {'recipe':34} {'bare s':>7} {'case s':>7} {'ratio':>6}")
     for file in find_presets(PRESETS, ROOT / "presets"):
         full = full_size(file)
@@ -94,11 +99,13 @@ def main(arguments: Sequence[str]) -> None:
         small = shrink(full, ONE).after
         for recipe in recipes:
             case = Case(file.name, str(file.path), recipe.name, ONE, "cpu")
-            least, whole, report = measure(case, small, recipe, runs)
-            passed = report.outcome is Outcome.PASSED
-            ratio = f"{whole / least:6.2f}" if passed else f"{report.outcome}: {report.reason[:60]}"
-            worst += [whole / least] if passed else []
-            print(f"{file.name:32} {recipe.name:34} {least:7.2f} {whole:7.2f} {ratio}", flush=True)
+            turns, report = measure(case, small, recipe, runs)
+            said = f"{report.outcome}: {report.reason[:60]}"
+            if turns:
+                least, whole = (median(each) for each in zip(*turns, strict=True))
+                worst.append(median(of_case / of_bare for of_bare, of_case in turns))
+                said = f"{least:7.2f} {whole:7.2f} {worst[-1]:6.2f}"
+            print(f"{file.name:32} {recipe.name:34} {said}", flush=True)
     if worst:
         over = sum(ratio > MOST for ratio in worst)
         print(f"median {median(worst):.2f}, worst {max(worst):.2f}; {over} of {len(worst)} above {MOST}")
