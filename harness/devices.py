@@ -33,7 +33,6 @@ MOST_THREADS = 8
 # The share of its GPU's memory that a worker may allocate, as a number above 0 and up to 1.
 FRACTION = "HARNESS_CUDA_MEMORY_FRACTION"
 
-
 # Where CUDA looks for the daemon of its Multi-Process Service (MPS), and where it does by default.
 MPS, MPS_DIRECTORY = "CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"
 

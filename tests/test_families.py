@@ -317,6 +317,15 @@ def test_recalled_figures_are_never_used(tmp_path: Path) -> None:
     assert facts is not None and dict(facts.config) == {"model_type": "qwen3"}
 
 
+def test_figures_that_change_are_read_again_and_others_are_not(tmp_path: Path) -> None:
+    old, new = "[config]\nhidden_size = 64\n", "[config]\nhidden_size = 65\n"
+    first = write(tmp_path, "M", ".toml", old)
+    assert first is not None and write(tmp_path, "M", ".toml", old) is first
+    again = write(tmp_path, "M", ".toml", new)
+    assert again is not None
+    assert (first.config["hidden_size"], again.config["hidden_size"]) == (64, 65)
+
+
 def test_what_the_code_fixes_fills_in_and_prose_does_not(tmp_path: Path) -> None:
     text = """
         [config]

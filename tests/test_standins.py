@@ -254,6 +254,22 @@ def test_streams_and_events_have_already_happened() -> None:
         torch.cuda.synchronize()
 
 
+def test_fused_functions_are_not_compiled() -> None:
+    compiled: list[object] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    @torch.compile(backend=backend)
+    def fused(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    with installed(CPU):
+        assert fused(torch.zeros(1)) == 1
+    assert not compiled
+
+
 def test_fused_functions_run_the_hooks_of_each_model() -> None:
     @torch.compile(backend="eager")
     def fused(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
